@@ -1,0 +1,2 @@
+from jfr2020.cli import main
+main()
