@@ -28,7 +28,7 @@ demo: .venv/base ## a small synthetic cohort, scored, with a report
 	$(PY) -m jfr2020 demo -o out/demo
 
 test: .venv/dev ## every check, ends with pytest's own line
-	$(PY) tools/check_house.py
+	$(PY) tools/house_checks.py .
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 tests
 

@@ -1,0 +1,111 @@
+"The house itself: what is exported, what is written twice, what an import may touch."
+import configparser, filecmp, re, shutil, subprocess, sys
+
+import pytest
+
+from tools import house_checks, readme
+
+LIGHT = [f'{p.stem.split("_", 1)[1]}' for p in sorted((house_checks.Path(__file__).parents[1]/'nbs').glob('[0-9]*.ipynb'))
+         if int(re.match(r'\d+', p.name)[0]) < 30 or p.stem.endswith('_cli')]
+
+
+@pytest.fixture(scope='module')
+def settings(root):
+    cfg = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    cfg.read(root/'settings.ini', encoding='utf-8')
+    return cfg['DEFAULT']
+
+
+@pytest.fixture(scope='module')
+def copy(root, tmp_path_factory):
+    "The sources without anything built, to export and clean in"
+    to = tmp_path_factory.mktemp('copy')
+    for name in ('nbs', 'jfr2020'): shutil.copytree(root/name, to/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md'): shutil.copy(root/name, to)
+    return to
+
+
+def differing(a, b, pattern):
+    "Names of files that differ between two folders, or exist in one only"
+    names = {p.relative_to(d).as_posix() for d in (a, b) for p in d.rglob(pattern) if '.ipynb_checkpoints' not in p.parts}
+    same = lambda n: (a/n).exists() and (b/n).exists() and filecmp.cmp(a/n, b/n, shallow=False)
+    return sorted(n for n in names if not same(n))
+
+
+def nbdev(copy, command):
+    "Run one of nbdev's commands in `copy`"
+    subprocess.run([sys.executable, '-c', command], cwd=copy, check=True, capture_output=True)
+
+
+def test_house_checks_are_silent(root):
+    assert [' '.join(map(str, o)) for o in house_checks.check(root)] == []
+
+
+def test_modules_are_what_the_notebooks_export(root, copy):
+    nbdev(copy, 'from nbdev.doclinks import nbdev_export; nbdev_export()')
+    assert differing(root/'jfr2020', copy/'jfr2020', '*.py') == []
+
+
+def test_notebooks_are_clean(root, copy):
+    nbdev(copy, 'from nbdev.clean import nbdev_clean; nbdev_clean()')
+    assert differing(root/'nbs', copy/'nbs', '*.ipynb') == []
+
+
+def test_readme_is_the_index_page(root):
+    assert (root/'README.md').read_text(encoding='utf-8') == readme.markdown(root/'nbs'/'index.ipynb')
+
+
+def test_readme_python_runs(root, tmp_path):
+    blocks = re.findall(r'^```python\n(.*?)^```', (root/'README.md').read_text(encoding='utf-8'), re.M | re.S)
+    assert blocks, 'README shows no Python'
+    subprocess.run([sys.executable, '-c', '\n'.join(blocks)], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_the_torch_pin_fits_the_range(root, settings):
+    pin = re.search(r'^torch==(\S+)', (root/'constraints.txt').read_text(), re.M)[1]
+    low, high = re.search(r'\btorch>=([\d.]+),<(\d+)', settings['requirements']).groups()
+    number = lambda s: tuple(int(n) for n in s.split('.'))
+    assert number(low) <= number(pin) < number(high)
+
+
+def test_versions_are_stated_once(root, settings):
+    "No file but settings.ini and the generated __version__ repeats the package's version"
+    for name in ('setup.py', 'pyproject.toml', 'Makefile', 'constraints.txt'):
+        assert f'"{settings["version"]}"' not in (root/name).read_text(), name
+
+
+@pytest.mark.parametrize('extra', 'codecs streamlines dicomout comet lightning cluster bench dev'.split())
+def test_extras_are_declared(settings, extra): assert settings[f'extra_{extra}'].split()
+
+
+def test_every_extra_named_in_the_code_is_declared(root, settings):
+    "The name an error tells the user to install exists in settings.ini"
+    code = '\n'.join(p.read_text(encoding='utf-8') for p in (root/'jfr2020').rglob('*.py'))
+    named = set(re.findall(r"import_extra\(\s*f?['\"][\w.]+['\"],\s*['\"](\w+)['\"]", code)) | set(re.findall(r'jfr2020\[(\w+)\]', code))
+    assert named and all(f'extra_{n}' in settings for n in named)
+
+
+GUARD = '''
+import socket, sys
+def refuse(*a, **k): raise AssertionError('network touched at import')
+socket.socket.connect = socket.create_connection = refuse
+import importlib
+for name in {names!r}: importlib.import_module('jfr2020.' + name)
+banned = {banned!r}
+print([m for m in banned if m in sys.modules])
+'''
+OPTIONAL = ['imagecodecs', 'pylibjpeg', 'openjpeg', 'jpeg_ls', 'gdcm', 'trx', 'highdicom', 'comet_ml', 'lightning', 'dask', 'distributed',
+            'SimpleITK', 'skimage', 'nbdev', 'hypothesis', 'ipywidgets', 'torchvision', 'spacy']
+
+
+def imported(names, banned):
+    out = subprocess.run([sys.executable, '-c', GUARD.format(names=names, banned=banned)], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    return out.stdout.strip()
+
+
+def test_light_modules_import_neither_torch_nor_anything_optional():
+    assert imported(LIGHT, OPTIONAL + ['torch', 'fastai', 'pandas', 'matplotlib', 'pydicom', 'scipy', 'nibabel', 'jinja2']) == '[]'
+
+
+def test_everything_imports_without_torchvision_or_extras(): assert imported(['all'], OPTIONAL) == '[]'
