@@ -64,7 +64,7 @@ def _num(x, digits=4): return None if x is None or not np.isfinite(x) else round
 def _point(p): return [_num(c, 2) for c in p]
 
 def _vessels(score):
-    one = lambda v: dict(agatston=_num(v.agatston), volume_mm3=_num(v.volume_mm3), lesions=int(v.lesions))
+    one = lambda v: dict(agatston=_num(v.agatston), volume_mm3=_num(v.volume_mm3), lesions=v.lesions)
     return {k: one(v) for k,v in score.vessels.items()}
 
 def _lesion(l):
@@ -86,13 +86,13 @@ def case_json(
 ) -> dict: # one entry of scores.json's "series"
     "The case as the contract's JSON object"
     e, s = case.refusal, case.score
-    cat = case.category and dict(scheme=case.category.scheme, index=int(case.category.index), label=case.category.label)
+    cat = case.category and {k: getattr(case.category, k) for k in ('scheme', 'index', 'label')}
     return dict(series_uid=case.series_uid, input=case.input, status=case.status,
         refusal=e and dict(code=e.code, cause=e.cause, fix=e.fix),
         agatston=s and _num(s.agatston), volume_mm3=s and _num(s.volume_mm3), mass_mg=s and _num(s.mass_mg),
         category=cat, cac_drs=case.cac_drs or None, vessels=_vessels(s) if s else None,
         lesions=[_lesion(l) for l in s.lesions] if s else [], heart_box=_box(case.box), geometry=_grid(case),
-        settings=case.settings, warnings=[dict(code=f.code, text=f.text) for f in case.findings], model=case.model,
+        settings=case.settings, warnings=[vars(f) for f in case.findings], model=case.model,
         seconds={k: _num(v) for k,v in case.seconds.items()})
 
 def scores_json(
