@@ -69,7 +69,7 @@ def _vessels(score):
 
 def _lesion(l):
     sizes = {k: _num(getattr(l, k)) for k in ('agatston', 'volume_mm3', 'mass_mg', 'peak_hu', 'probability')}
-    return dict(id=int(l.id), vessel=l.vessel, centre_mm=_point(l.centre_mm), slices=[int(k) for k in l.slices], **sizes)
+    return dict(id=l.id, vessel=l.vessel, centre_mm=_point(l.centre_mm), slices=list(l.slices), **sizes)
 
 def _box(b):
     return b and dict(start=[int(i) for i in b.start], stop=[int(i) for i in b.stop], reason=b.reason,
