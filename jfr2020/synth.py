@@ -145,8 +145,8 @@ def cylinder_cover(
     along = slice_overlap(z, thickness_mm, c.centre_mm[2]-c.length_mm/2, c.centre_mm[2]+c.length_mm/2)
     reach, mid = c.diameter_mm/2 + 4*fwhm2sigma(fwhm_mm), geometry.to_index([c.centre_mm])[0]
     axes = [_fine_axis(mid[k], geometry.shape[k], geometry.spacing[k], reach, up) for k in (1,2)]
-    hit = np.flatnonzero(along)
-    box = (slice(hit[0], hit[-1]+1) if len(hit) else slice(0,0), *(s for s,_ in axes))
+    hit = np.flatnonzero(along).tolist() or [0,-1]
+    box = (slice(hit[0], hit[-1]+1), *(s for s,_ in axes))
     h,w = (x for _,x in axes)
     A,B = (pixel_operator(s.stop-s.start, geometry.spacing[k], float(fwhm_mm), up) for k,s in ((1,box[1]), (2,box[2])))
     disk = A @ (h[:,None]**2 + w**2 <= c.diameter_mm**2/4).astype(float) @ B.T
