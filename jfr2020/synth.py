@@ -143,19 +143,19 @@ def cylinder_cover(
         raise GeometryError(f'cylinders are drawn on an axial grid with axes SPL, got {geometry!r}')
     z = geometry.to_world(np.arange(geometry.shape[0])[:,None]*[1,0,0])[:,2]
     along = slice_overlap(z, thickness_mm, c.centre_mm[2]-c.length_mm/2, c.centre_mm[2]+c.length_mm/2)
-    reach, mid = c.diameter_mm/2 + 4*fwhm2sigma(fwhm_mm), geometry.to_index([c.centre_mm])[0]
-    axes = [_fine_axis(mid[k], geometry.shape[k], geometry.spacing[k], reach, up) for k in (1,2)]
     hit = np.flatnonzero(along).tolist() or [0,-1]
-    box = (slice(hit[0], hit[-1]+1), *(s for s,_ in axes))
-    h,w = (x for _,x in axes)
-    A,B = (pixel_operator(s.stop-s.start, geometry.spacing[k], float(fwhm_mm), up) for k,s in ((1,box[1]), (2,box[2])))
-    disk = A @ (h[:,None]**2 + w**2 <= c.diameter_mm**2/4).astype(float) @ B.T
-    return box, along[box[0],None,None]*disk
+    d = slice(hit[0], hit[-1]+1)
+    reach, mid = c.diameter_mm/2 + 4*fwhm2sigma(fwhm_mm), geometry.to_index([c.centre_mm])[0]
+    (h,y,A), (w,x,B) = (_fine_axis(mid[k], geometry.shape[k], geometry.spacing[k], reach, fwhm_mm, up) for k in (1,2))
+    disk = A @ (y[:,None]**2 + x**2 <= c.diameter_mm**2/4).astype(float) @ B.T
+    return (d,h,w), along[d,None,None]*disk
 
-def _fine_axis(mid, n, pixel, reach, up): # pixels reached of n, and their fine samples in mm from the centre
+def _fine_axis(mid, n, pixel, reach, fwhm, up): # drawn beyond the scan, cut to its n pixels
     r = math.ceil(reach/pixel)+1
-    a,b = max(0, round(mid)-r), min(n, round(mid)+r+1)
-    return slice(min(a,n), max(a,b)), ((np.arange(max(0,b-a)*up)+.5)/up - .5 + a - mid)*pixel
+    first = round(mid)-r # pixel
+    mm = ((np.arange((2*r+1)*up)+.5)/up - .5 + first - mid)*pixel # fine samples, from the centre
+    inside = slice(min(n, max(0, first)), max(0, min(n, first+2*r+1)))
+    return inside, mm, pixel_operator(2*r+1, pixel, float(fwhm), up)[max(0,inside.start-first):max(0,inside.stop-first)]
 
 # %% ../nbs/04_synth.ipynb #8eca9f32
 def draw_offset(
