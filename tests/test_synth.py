@@ -72,7 +72,7 @@ def test_signal_is_conserved_wherever_a_cylinder_falls(seed, protocol, fwhm):
     assert abs(cover.sum()*g.voxel_mm3/c.volume_mm3 - 1) < .02
     at = np.stack(np.meshgrid(*[np.arange(s.start, s.stop) for s in box], indexing='ij'), -1).reshape(-1, 3)
     middle = (g.to_world(at)*cover.reshape(-1, 1)).sum(0)/cover.sum()
-    assert (np.abs(middle - c.centre_mm) < [.03, .03, increment/4]).all() # thick slices smear the middle along z
+    assert (np.abs(middle - c.centre_mm) < [.03, .03, increment/2]).all() # thin objects get the middle of their slice
 
 
 @given(seeds)
