@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VESSELS', 'PLANAR', 'SOLID', 'AGATSTON', 'REACH', 'vessel_labels', 'ScoreRule', 'slice_grid',
            'agatston_by_definition', 'agatston', 'Calibration', 'Lesion', 'VesselScore', 'CalciumScore',
-           'calcium_score']
+           'calcium_score', 'label_lesions']
 
 # %% ../nbs/22_calcium.ipynb #6dcf7d54
 import math
@@ -32,7 +32,7 @@ PLANAR, SOLID = (4, 8), (6, 26) # connectivities in a slice, and in three dimens
 class ScoreRule:
     "Which voxels count and with which weight; frozen, and valid at birth"
     name:str # short, for reports
-    source:str # who published it
+    source:str # who published it, with its address
     threshold_hu:float=130. # HU where calcium begins
     edges_hu:tuple=(200., 300., 400.) # HU where the weights 2, 3, 4, ... begin
     strict:bool=False # True: only above the threshold; False: the threshold itself counts
@@ -42,7 +42,7 @@ class ScoreRule:
     min_pixels:int=1 # pixels, smallest lesion of a slice
     min_voxels:int=1 # voxels, smallest 3-D lesion
     over_mm3:float=0. # mm3, rounded up to whole voxels; a 3-D lesion must have more
-    unit:str='lesion' # what has one weight: 'lesion' of a slice | 'fragment' of a 3-D lesion in a slice | 'object' in 3-D
+    unit:str='lesion' # has one weight: 'lesion' of a slice | 'fragment' of a 3-D lesion in a slice | 'object' in 3-D
     slice_rule:str='increment' # z factor: 'increment' | 'thickness' over 3 mm, or 'none'
     kvp:float=120. # kV the threshold is made for
     note:str='' # where it differs from what was published
@@ -57,7 +57,8 @@ class ScoreRule:
                                  ('connectivity', self.connectivity, PLANAR if planar else SOLID)):
             if got not in choices: raise ConfigError(f'{self.name}: {what} must be one of {choices}, got {got!r}')
         sizes = (self.min_area_mm2, self.min_pixels-1, self.min_voxels-1, self.over_mm3)
-        if not all(0 <= s < math.inf for s in sizes): raise ConfigError(f'{self.name}: smallest sizes must not be negative')
+        if not all(0 <= s < math.inf for s in sizes):
+            raise ConfigError(f'{self.name}: smallest sizes must not be negative')
         if any(sizes[:2] if not planar else sizes[2:]):
             raise ConfigError(f'{self.name}: a {self.unit} has no smallest {"volume" if planar else "area in a slice"}')
 
@@ -103,8 +104,9 @@ class ScoreRule:
     def __repr__(self):
         edges = ', '.join(f'{e:g}' for e in self.edges_hu)
         small = f', >= {self.min_area_mm2:g} mm2' if self.min_area_mm2 else ''
-        return (f'{self.name}: {">" if self.strict else ">="} {self.threshold_hu:g} HU at {self.kvp:g} kV, next weights from {edges} HU'
-                f' per {self.unit}, {self.connectivity}-connected{small}, z factor {self.slice_rule}')
+        level = f'{">" if self.strict else ">="} {self.threshold_hu:g} HU at {self.kvp:g} kV'
+        return (f'{self.name}: {level}, next weights from {edges} HU per {self.unit}, '
+                f'{self.connectivity}-connected{small}, z factor {self.slice_rule}')
 
 AGATSTON = ScoreRule('standard', 'Agatston 1990, doi 10.1016/0735-1097(90)90282-T')
 
@@ -114,10 +116,12 @@ def slice_grid(
 ) -> tuple: # (mm2 of a pixel, mm between slices)
     "Pixel area and slice increment, or `GeometryError` where the grid is not one of axial slices"
     if g.code[0] not in 'SI':
-        raise GeometryError(f'a score needs axial slices, got array axes {g.code}', 'NOT_AXIAL', 'score the axial series')
+        raise GeometryError(f'a score needs axial slices, got array axes {g.code}', 'NOT_AXIAL',
+                            'score the axial series')
     cos = np.abs(g.axes @ g.axes.T - np.eye(3)).max()
     if cos > 1e-3:
-        raise GeometryError(f'slices, rows and columns must be at right angles, got {math.degrees(math.asin(min(1, cos))):.2f} degrees off',
+        off = math.degrees(math.asin(min(1, cos)))
+        raise GeometryError(f'slices, rows and columns must be at right angles, got {off:.2f} degrees off',
                             'SHEARED', 'resample the series onto a straight grid')
     d,h,w = g.spacing
     return h*w, d
@@ -126,7 +130,8 @@ def _check(ct, mask):
     for v,kind in ((ct, CTVolume), (mask, MaskVolume)):
         if not isinstance(v, kind): raise GeometryError(f'a score needs a {kind.__name__}, got {type(v).__name__}')
     if not ct.geometry.matches(mask.geometry):
-        raise GeometryError(f'CT and mask must be on one grid, got {ct.geometry!r} and {mask.geometry!r}', fix='bring the mask onto the CT first')
+        raise GeometryError(f'CT and mask must be on one grid, got {ct.geometry!r} and {mask.geometry!r}',
+                            fix='bring the mask onto the CT first')
 
 # %% ../nbs/22_calcium.ipynb #fe67fe4b
 def agatston_by_definition(
@@ -141,8 +146,8 @@ def agatston_by_definition(
     total = 0
     for vessel in VESSELS:
         calcium = (ct.data >= rule.first(ct.data.dtype)) & (vessel_labels(mask.data) == vessel)
-        pieces = _lesions_of_slices(ct.data, calcium, rule, pixel_mm2) if rule.unit == 'lesion' else \
-                 _lesions_in_3d(ct.data, calcium, rule, pixel_mm2*increment)
+        if rule.unit == 'lesion': pieces = _lesions_of_slices(ct.data, calcium, rule, pixel_mm2)
+        else: pieces = _lesions_in_3d(ct.data, calcium, rule, pixel_mm2*increment)
         for pixels,peak in pieces: total += pixels * int(rule.weight(peak))
     return total * pixel_mm2 * rule.z_factor(increment, thickness_mm)
 
@@ -173,12 +178,20 @@ class _Runs:
     def __init__(self, start, n, vessel, peak, total, shape):
         self.start, self.n, self.vessel, self.peak, self.total, self.shape = start, n, vessel, peak, total, shape
 
-    def pick(self, keep): return _Runs(*(a[keep] for a in (self.start, self.n, self.vessel, self.peak, self.total)), self.shape)
+    def pick(self, keep):
+        columns = (self.start, self.n, self.vessel, self.peak, self.total)
+        return _Runs(*(a[keep] for a in columns), self.shape)
 
     @property
     def index(self): # (d,h,w) of the first voxel of each run
         rows, w = np.divmod(self.start, self.shape[2]+1)
         return (*np.divmod(rows, self.shape[1]+1), w)
+
+    @property
+    def voxels(self): # (M,) run, slice, and pixel h*W+w of every voxel, in raster order
+        of = np.repeat(np.arange(len(self.n)), self.n)
+        d,h,w = self.index
+        return of, d[of], (h*self.shape[2]+w - (self.n.cumsum()-self.n))[of] + np.arange(len(of))
 
     def joined(self, connectivity): # (N,) number of the connected component of each run
         from scipy.sparse import coo_array
@@ -200,15 +213,17 @@ def _touching(start, end, step, wide):
 def _find_runs(ct, mask, rule):
     hu, labels, low = ct.data, mask.data, rule.first(ct.data.dtype)
     at, values, vessels = [], [], []
-    row, slice_ = ct.shape[2]+1, (ct.shape[1]+1)*(ct.shape[2]+1)
+    slice_ = (ct.shape[1]+1)*(ct.shape[2]+1)
     for d in range(len(hu)):
         p = np.flatnonzero((hu[d] >= low) & (labels[d] != 0))
-        at.append(p + p//ct.shape[2] + d*slice_); values.append(hu[d].ravel()[p]); vessels.append(labels[d].ravel()[p])
+        at.append(p + p//ct.shape[2] + d*slice_)
+        values.append(hu[d].ravel()[p]); vessels.append(labels[d].ravel()[p])
     at, values, vessels = np.concatenate(at), np.concatenate(values), vessel_labels(np.concatenate(vessels))
     if not len(at): return _Runs(at, at, vessels, values, values, ct.shape)
     first = np.flatnonzero(np.concatenate([[True], (np.diff(at) != 1) | (vessels[1:] != vessels[:-1])]))
     total = np.add.reduceat(values.astype(np.int64 if values.dtype.kind == 'i' else float), first)
-    return _Runs(at[first], np.diff(np.append(first, len(at))), vessels[first], np.maximum.reduceat(values, first), total, ct.shape)
+    n, peak = np.diff(np.append(first, len(at))), np.maximum.reduceat(values, first)
+    return _Runs(at[first], n, vessels[first], peak, total, ct.shape)
 
 def _sum(groups, values, n): return np.bincount(groups, weights=values, minlength=n).astype(np.int64)
 
@@ -217,21 +232,17 @@ def _max(groups, values, n):
     return out
 
 # %% ../nbs/22_calcium.ipynb #5c111541
-def _count(ct, mask, rule):
-    "Runs that count, the 3-D lesion of each, and the weight of each"
+def _pieces(ct, mask, rule):
+    "Runs that count, the connected component of the rule each belongs to, and the weight of each"
     _check(ct, mask)
     pixel_mm2, increment = slice_grid(ct.geometry)
     runs = _find_runs(ct, mask, rule)
-    if rule.unit == 'lesion':
-        piece = runs.joined(rule.connectivity); small = rule.pixels(pixel_mm2)
-    else:
-        piece = runs.joined(rule.connectivity); small = rule.voxels(pixel_mm2*increment)
-    keep = _sum(piece, runs.n, len(piece))[piece] >= small
-    runs, piece = runs.pick(keep), piece[keep]
-    lesion = runs.joined(26) if rule.unit == 'lesion' else np.unique(piece, return_inverse=True)[1]
-    if rule.unit == 'fragment': piece = np.unique(piece*len(ct.data) + runs.index[0], return_inverse=True)[1]
-    peak = _max(piece, runs.peak, piece.max(initial=-1)+1)
-    return runs, lesion, rule.weight(peak)[piece]
+    part = runs.joined(rule.connectivity)
+    small = rule.pixels(pixel_mm2) if rule.unit == 'lesion' else rule.voxels(pixel_mm2*increment)
+    keep = _sum(part, runs.n, len(part))[part] >= small
+    runs, part = runs.pick(keep), part[keep]
+    one = part if rule.unit != 'fragment' else np.unique(part*len(ct.data) + runs.index[0], return_inverse=True)[1]
+    return runs, part, rule.weight(_max(one, runs.peak, one.max(initial=-1)+1))[one]
 
 def agatston(
     ct:CTVolume, # HU
@@ -240,7 +251,7 @@ def agatston(
     thickness_mm:float=None, # mm, for rules that multiply by slice thickness
 ) -> float:
     "The Agatston score alone"
-    runs, _, weight = _count(ct, mask, rule)
+    runs, _, weight = _pieces(ct, mask, rule)
     pixel_mm2, increment = slice_grid(ct.geometry)
     return int((runs.n*weight).sum()) * pixel_mm2 * rule.z_factor(increment, thickness_mm)
 
@@ -263,7 +274,8 @@ class Calibration:
         source:str='calibration insert', # where it was measured
     ) -> 'Calibration':
         "From a rod of known density (McCollough 2007): density over its HU above water"
-        if not insert_hu > water_hu: raise ConfigError(f'the insert must be brighter than water, got {insert_hu:g} and {water_hu:g} HU')
+        if not insert_hu > water_hu:
+            raise ConfigError(f'the insert must be brighter than water, got {insert_hu:g} and {water_hu:g} HU')
         return cls(mg_per_cm3/1000/(insert_hu-water_hu), source)
 
 @dataclass(frozen=True)
@@ -332,9 +344,10 @@ class CalciumScore:
         dense = '' if self.density is None else f', density {self.density:.2f}'
         rows = [f'  {k:6}{v.agatston:9.1f}{v.volume_mm3:9.1f} mm3{v.lesions:4} lesion{"s" if v.lesions > 1 else ""}'
                 for k,v in self.vessels.items() if v.lesions] or ['  no lesion passes the rule']
-        return '\n'.join([head+dense, *rows, f'  slices every {self.increment_mm:g} mm; {self.rule!r}', *(f'  {f}' for f in self.findings)])
+        made = f'  slices every {self.increment_mm:g} mm; {self.rule!r}'
+        return '\n'.join([head+dense, *rows, made, *(f'  {f}' for f in self.findings)])
 
-# %% ../nbs/22_calcium.ipynb #c8d2630c
+# %% ../nbs/22_calcium.ipynb #7dc92dd2
 def calcium_score(
     ct:CTVolume, # HU
     mask:MaskVolume, # vessel labels on the grid of `ct`; voxels below the threshold never count
@@ -347,40 +360,86 @@ def calcium_score(
     "Score the calcium of `ct` inside `mask`, with its lesions and vessels"
     runs, of, weight = _count(ct, mask, rule)
     pixel_mm2, increment = slice_grid(ct.geometry)
-    unit, voxel, c = pixel_mm2*rule.z_factor(increment, thickness_mm), pixel_mm2*increment, calibration
-    lesions, weighted = _lesions(ct.geometry, runs, of, weight, unit, voxel, c)
-    by = {k: [l for l in lesions if l.vessel == k] for k in VESSELS.values()}
-    mass = lambda part: None if c is None else math.fsum(l.mass_mg for l in part)
-    vessels = {k: VesselScore(math.fsum(l.agatston for l in p), sum(l.voxels for l in p)*voxel, mass(p), len(p)) for k,p in by.items()}
-    n = int(runs.n.sum())
-    return CalciumScore(weighted*unit, n*voxel, _isotropic(ct, runs, rule), mass(lesions), weighted/n if n else None, lesions, vessels,
-                        rule, increment, _findings(rule, increment, thickness_mm, kvp))
+    unit = pixel_mm2*rule.z_factor(increment, thickness_mm)
+    lesions = _lesions(ct.geometry, runs, of, weight, unit, calibration)
+    vessels = {k: _vessel([l for l in lesions if l.vessel == k], calibration) for k in VESSELS.values()}
+    n, weighted = int(runs.n.sum()), int((runs.n*weight).sum())
+    return CalciumScore(weighted*unit, n*pixel_mm2*increment, _isotropic(ct, runs, rule),
+                        _vessel(lesions, calibration).mass_mg, weighted/n if n else None, lesions, vessels, rule, increment,
+                        _findings(rule, increment, thickness_mm, kvp))
 
-def _lesions(g, runs, of, weight, unit, voxel, calibration):
-    "All `Lesion`s, largest score first, and the sum of weighted pixels"
-    n = int(of.max(initial=-1))+1
+def _vessel(lesions, calibration):
+    add = lambda what: math.fsum(getattr(l, what) for l in lesions)
+    return VesselScore(add('agatston'), add('volume_mm3'), None if calibration is None else add('mass_mg'), len(lesions))
+
+def _count(ct, mask, rule):
+    "Runs that count, the 3-D lesion of each (0 has the largest score), the weight of each"
+    runs, of, weight = _pieces(ct, mask, rule)
+    if rule.unit == 'lesion': of = runs.joined(26)
+    _, first, of = np.unique(of, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), int)
+    rank[np.lexsort((first, -_sum(of, runs.n*weight, len(first))))] = np.arange(len(first))
+    return runs, rank[of], weight
+
+def _lesions(g, runs, of, weight, unit, calibration):
+    "The table of lesions"
+    n, voxel = int(of.max(initial=-1))+1, math.prod(slice_grid(g))
     d,h,w = runs.index
-    size, score, hu = _sum(of, runs.n, n), _sum(of, runs.n*weight, n), np.bincount(of, weights=runs.total, minlength=n)
+    size, score = _sum(of, runs.n, n), _sum(of, runs.n*weight, n)
+    hu, at = np.bincount(of, weights=runs.total, minlength=n), np.unique(of, return_index=True)[1]
     centre = [np.bincount(of, weights=a*runs.n, minlength=n)/size for a in (d, h, w+(runs.n-1)/2)]
-    centre = g.to_world(np.stack(centre, 1)).tolist()
-    peak, last, first = _max(of, runs.peak, n), _max(of, d, n).astype(int), -_max(of, -d, n).astype(int)
-    start = np.unique(of, return_index=True)[1]
-    order, names = np.lexsort((start, -score)), [VESSELS[k] for k in runs.vessel[start].tolist()]
-    mg = None if calibration is None else hu*voxel*calibration.mg_per_mm3_hu
-    one = lambda i,k: Lesion(i, names[k], int(score[k])*unit, int(size[k])*voxel, None if mg is None else float(mg[k]), float(peak[k]),
-        float(hu[k]/size[k]), int(size[k]), tuple(centre[k]), (int(first[k]), int(last[k])))
-    return tuple(one(i, k) for i,k in enumerate(order.tolist(), 1)), int(score.sum())
+    mass = [None]*n if calibration is None else (hu*voxel*calibration.mg_per_mm3_hu).tolist()
+    columns = (runs.vessel[at], score, size, _max(of, runs.peak, n), hu/size, -_max(of, -d, n), _max(of, d, n))
+    rows = zip(mass, g.to_world(np.stack(centre, 1)).tolist(), *(c.tolist() for c in columns))
+    return tuple(Lesion(i, VESSELS[v], s*unit, k*voxel, mg, peak, mean, k, tuple(xyz), (int(a), int(b)))
+                 for i,(mg,xyz,v,s,k,peak,mean,a,b) in enumerate(rows, 1))
 
 def _findings(rule, increment, thickness_mm, kvp):
     out = []
     if thickness_mm and abs(thickness_mm-increment) > .01*increment:
         code, said = ('OVERLAP', 'overlap') if thickness_mm > increment else ('GAP', 'leave gaps')
-        use = {'increment': f'each counts {increment:g}/3', 'thickness': f'each counts {thickness_mm:g}/3 under this rule', 'none': 'each counts fully'}
-        out.append(Finding(code, f'slices {said}: {thickness_mm:g} mm thick every {increment:g} mm; {use[rule.slice_rule]}'))
+        mm = {'increment': increment, 'thickness': thickness_mm}.get(rule.slice_rule)
+        how = f'each counts {mm:g}/3 by this rule' if mm else 'each counts fully by this rule'
+        out.append(Finding(code, f'slices {said}: {thickness_mm:g} mm thick every {increment:g} mm; {how}'))
     if kvp and kvp != rule.kvp:
-        out.append(Finding('KVP', f'scanned at {kvp:g} kV, scored with the threshold for {rule.kvp:g} kV ({rule.threshold_hu:g} HU)'))
+        found = f'scanned at {kvp:g} kV, scored with the threshold for {rule.kvp:g} kV ({rule.threshold_hu:g} HU)'
+        out.append(Finding('KVP', found))
     return tuple(out)
 
+# %% ../nbs/22_calcium.ipynb #838a72fc
 def _isotropic(ct, runs, rule):
-    "mm3 on cubic voxels: linear between slices, then the threshold again"
-    return None
+    "mm3 on cubic voxels: linear between slices, then the threshold again; None where pixels are not square"
+    (dz,h,w), depth = ct.spacing, len(ct.data)
+    if abs(h-w) > .01*h: return None
+    planes = (np.arange(round(depth*dz/h))+.5)*h/dz - .5 # in slices
+    below = np.floor(planes).astype(int)
+    _, d, at = runs.voxels
+    counted, n = np.split(at, np.searchsorted(d, np.arange(1, depth))), 0
+    for k in range(-1, depth):
+        a,b = max(k, 0), min(k+1, depth-1)
+        here = np.union1d(counted[a], counted[b])
+        f = (planes[below == k]-k)[:,None]
+        counts = [np.isin(here, counted[i]) for i in (a,b)]
+        if len(here) and len(f): n += _above(ct.data, (a,b), here, counts, f, rule)
+    return n*h*w*h
+
+def _above(hu, slices, at, counts, f, rule):
+    "How many points at fractions `f` between two slices are calcium"
+    lo,hi = (hu[i].ravel()[at].astype(float) for i in slices)
+    mine = [c | (v < rule.first(hu.dtype)) for c,v in zip(counts, (lo,hi))]
+    v = lo + (hi-lo)*f
+    calcium = v > rule.threshold_hu if rule.strict else v >= rule.threshold_hu
+    return int((calcium & np.where(f < .5, *mine)).sum())
+
+# %% ../nbs/22_calcium.ipynb #e328619c
+def label_lesions(
+    ct:CTVolume, # HU
+    mask:MaskVolume, # vessel labels on the grid of `ct`
+    rule:ScoreRule=AGATSTON, # which voxels count
+) -> MaskVolume: # int32, `Lesion.id` of each counted voxel
+    "Which voxel belongs to which lesion of `calcium_score`"
+    runs, lesion, _ = _count(ct, mask, rule)
+    of, d, at = runs.voxels
+    out = np.zeros((ct.shape[0], ct.shape[1]*ct.shape[2]), np.int32)
+    out[d,at] = lesion[of]+1
+    return mask.like(out.reshape(ct.shape))
