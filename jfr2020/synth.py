@@ -176,10 +176,11 @@ def insert_scan(
     fwhm_mm:float=1.26, # mm, in-plane point spread
     pixel_mm:float=.43, # mm
     pixels:int=55, # rows and columns
-) -> CTVolume: # float32 HU, noise-free, with an empty slice at either end
+) -> CTVolume: # float32 HU, noise-free, as high as it is wide
     "One cylinder alone in resin, centred on RAS+ 0 plus `offset_mm`"
     c = replace(c, centre_mm=tuple(float(o) for o in offset_mm))
-    half = math.ceil((c.length_mm/2 + thickness_mm/2 + abs(c.centre_mm[2]))/increment_mm)
+    reach = max(c.length_mm/2 + thickness_mm/2 + abs(c.centre_mm[2]), pixels*pixel_mm/2)
+    half = math.ceil(reach/increment_mm - 1e-9)
     g = Geometry.from_spacing((2*half+1, pixels, pixels), (increment_mm, pixel_mm, pixel_mm))
     hu = np.full(g.shape, BACKGROUND_HU, np.float32)
     box, cover = cylinder_cover(c, g, thickness_mm, fwhm_mm)
