@@ -215,6 +215,8 @@ def _find_runs(ct, mask, rule):
     at, values, vessels = [], [], []
     slice_ = (ct.shape[1]+1)*(ct.shape[2]+1)
     for d in range(len(hu)):
+        if hu.dtype.kind == 'f' and not np.isfinite(hu[d][labels[d] != 0]).all():
+            raise GeometryError(f'HU inside the mask must be finite numbers, slice {d} has others', 'NOT_FINITE')
         p = np.flatnonzero((hu[d] >= low) & (labels[d] != 0))
         at.append(p + p//ct.shape[2] + d*slice_)
         values.append(hu[d].ravel()[p]); vessels.append(labels[d].ravel()[p])
@@ -360,17 +362,17 @@ def calcium_score(
     "Score the calcium of `ct` inside `mask`, with its lesions and vessels"
     runs, of, weight = _count(ct, mask, rule)
     pixel_mm2, increment = slice_grid(ct.geometry)
-    unit = pixel_mm2*rule.z_factor(increment, thickness_mm)
-    lesions = _lesions(ct.geometry, runs, of, weight, unit, calibration)
+    z = rule.z_factor(increment, thickness_mm)
+    lesions = _lesions(ct.geometry, runs, of, weight, z, calibration)
     vessels = {k: _vessel([l for l in lesions if l.vessel == k], calibration) for k in VESSELS.values()}
-    n, weighted = int(runs.n.sum()), int((runs.n*weight).sum())
-    return CalciumScore(weighted*unit, n*pixel_mm2*increment, _isotropic(ct, runs, rule),
-                        _vessel(lesions, calibration).mass_mg, weighted/n if n else None, lesions, vessels, rule, increment,
-                        _findings(rule, increment, thickness_mm, kvp))
+    n, weighted, mass = int(runs.n.sum()), int((runs.n*weight).sum()), _vessel(lesions, calibration).mass_mg
+    return CalciumScore(weighted*pixel_mm2*z, n*pixel_mm2*increment, _isotropic(ct, runs, rule), mass,
+                        weighted/n if n else None, lesions, vessels, rule, increment, _findings(rule, increment, thickness_mm, kvp))
 
 def _vessel(lesions, calibration):
     add = lambda what: math.fsum(getattr(l, what) for l in lesions)
-    return VesselScore(add('agatston'), add('volume_mm3'), None if calibration is None else add('mass_mg'), len(lesions))
+    mass = None if calibration is None else add('mass_mg')
+    return VesselScore(add('agatston'), add('volume_mm3'), mass, len(lesions))
 
 def _count(ct, mask, rule):
     "Runs that count, the 3-D lesion of each (0 has the largest score), the weight of each"
@@ -381,9 +383,10 @@ def _count(ct, mask, rule):
     rank[np.lexsort((first, -_sum(of, runs.n*weight, len(first))))] = np.arange(len(first))
     return runs, rank[of], weight
 
-def _lesions(g, runs, of, weight, unit, calibration):
+def _lesions(g, runs, of, weight, z, calibration):
     "The table of lesions"
-    n, voxel = int(of.max(initial=-1))+1, math.prod(slice_grid(g))
+    n, pixel = int(of.max(initial=-1))+1, slice_grid(g)[0]
+    voxel = math.prod(slice_grid(g))
     d,h,w = runs.index
     size, score = _sum(of, runs.n, n), _sum(of, runs.n*weight, n)
     hu, at = np.bincount(of, weights=runs.total, minlength=n), np.unique(of, return_index=True)[1]
@@ -391,14 +394,14 @@ def _lesions(g, runs, of, weight, unit, calibration):
     mass = [None]*n if calibration is None else (hu*voxel*calibration.mg_per_mm3_hu).tolist()
     columns = (runs.vessel[at], score, size, _max(of, runs.peak, n), hu/size, -_max(of, -d, n), _max(of, d, n))
     rows = zip(mass, g.to_world(np.stack(centre, 1)).tolist(), *(c.tolist() for c in columns))
-    return tuple(Lesion(i, VESSELS[v], s*unit, k*voxel, mg, peak, mean, k, tuple(xyz), (int(a), int(b)))
+    return tuple(Lesion(i, VESSELS[v], s*pixel*z, k*voxel, mg, peak, mean, k, tuple(xyz), (int(a), int(b)))
                  for i,(mg,xyz,v,s,k,peak,mean,a,b) in enumerate(rows, 1))
 
 def _findings(rule, increment, thickness_mm, kvp):
     out = []
     if thickness_mm and abs(thickness_mm-increment) > .01*increment:
         code, said = ('OVERLAP', 'overlap') if thickness_mm > increment else ('GAP', 'leave gaps')
-        mm = {'increment': increment, 'thickness': thickness_mm}.get(rule.slice_rule)
+        mm = dict(increment=increment, thickness=thickness_mm).get(rule.slice_rule)
         how = f'each counts {mm:g}/3 by this rule' if mm else 'each counts fully by this rule'
         out.append(Finding(code, f'slices {said}: {thickness_mm:g} mm thick every {increment:g} mm; {how}'))
     if kvp and kvp != rule.kvp:
