@@ -1,4 +1,4 @@
-"The digital QRM phantom against its published answers; rendering against conservation laws."
+"The digital QRM phantom against its reference answers; rendering against conservation laws."
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,7 @@ from jfr2020.synth import (INSERTS, THORAX, Cylinder, correlated_noise, cylinder
 from jfr2020.volume import MaskVolume
 
 seeds = st.integers(0, 2**32-1)
-N = 40 # placements, as in the published simulation
+N = 40 # placements, as in the reference simulation
 TOTALS = { # (increment mm, FWHM mm) of 3 mm slices -> Agatston mean and SD, mean thresholded volume mm3
     (3., 0.): (510, 33, 516), (3., .8): (552, 26, 543), (3., 1.): (578, 32, 561),
     (3., 1.26): (607, 24, 580), (3., 1.5): (630, 24, 591),
@@ -35,12 +35,12 @@ def measure(increment, fwhm, n=N, seed=0): # (n,9) scores, (n,9) mm3 at or above
     return scores, volumes
 
 
-def apart(ours, mean, sd): # standard errors between our sample and a published mean of N
+def apart(ours, mean, sd): # standard errors between our sample and a reference mean of N
     return abs(ours.mean() - mean) / np.sqrt(ours.var(ddof=1)/len(ours) + sd**2/N)
 
 
 @pytest.mark.parametrize('protocol', TOTALS)
-def test_simulated_totals_are_the_published_ones(protocol):
+def test_simulated_totals_are_those_of_the_reference(protocol):
     mean, sd, volume = TOTALS[protocol]
     scores, volumes = (a.sum(1) for a in measure(*protocol))
     assert apart(scores, mean, sd) < 3
@@ -53,7 +53,7 @@ def test_another_blur_would_be_noticed():
     for fwhm in (1., 1.5): assert apart(scores, *TOTALS[1.5, fwhm][:2]) > 3
 
 
-def test_each_insert_scores_as_published():
+def test_each_insert_scores_as_in_the_reference():
     scores = measure(3., 1.26, n=80, seed=1)[0]
     for j, (mean, sd) in enumerate(EACH):
         if mean: assert apart(scores[:, j], mean, sd) < 3, (INSERTS[j], scores[:, j].mean())
