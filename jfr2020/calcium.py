@@ -367,7 +367,8 @@ def calcium_score(
     vessels = {k: _vessel([l for l in lesions if l.vessel == k], calibration) for k in VESSELS.values()}
     n, weighted, mass = int(runs.n.sum()), int((runs.n*weight).sum()), _vessel(lesions, calibration).mass_mg
     return CalciumScore(weighted*pixel_mm2*z, n*pixel_mm2*increment, _isotropic(ct, runs, rule), mass,
-                        weighted/n if n else None, lesions, vessels, rule, increment, _findings(rule, increment, thickness_mm, kvp))
+                        weighted/n if n else None, lesions, vessels, rule, increment,
+                        _findings(rule, increment, thickness_mm, kvp))
 
 def _vessel(lesions, calibration):
     add = lambda what: math.fsum(getattr(l, what) for l in lesions)

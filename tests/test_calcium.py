@@ -177,9 +177,9 @@ def test_isotropic_volume_equals_plain_interpolation():
     assert math.isclose(s.volume_iso_mm3, by_interpolation(ct, ct.data >= 130), rel_tol=1e-9)
 
 
-EDGES = dict(jfr2020=[0, 1, 10, 100, 400], clearread=[0, 1, 100, 400], cac_drs=[0, 1, 100, 300]) # first score of a class
+EDGES = dict(jfr2020=[0, 1, 10, 100, 400], clearread=[0, 1, 100, 400], cac_drs=[0, 1, 100, 300]) # where a class begins
 LASTS = dict(rumberger=[0, 10, 100, 400], utrecht_ldct=[10, 100, 1000], deepcac=[0, 100, 300], ai_cac=[0, 100, 400],
-             hl7lt=[0, 10, 100, 400, 1000]) # last score of a class
+             hl7lt=[0, 10, 100, 400, 1000]) # where a class ends
 
 
 def test_every_scheme_is_tested(): assert set(EDGES) | set(LASTS) == set(SCHEMES)
