@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COARSE_MM', 'ODD_HU', 'TILT', 'PLANE', 'AIR', 'SOLID', 'GAS', 'LUNG_ML', 'OPEN_ML', 'EMPHYSEMA_ML', 'BONE',
-           'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'BONE_ML', 'coarse_ct', 'odd_slices',
-           'Anatomy', 'find_anatomy']
+           'VERTEBRA', 'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'BONE_ML', 'coarse_ct',
+           'odd_slices', 'Anatomy', 'find_anatomy']
 
-# %% ../nbs/20a_anatomy.ipynb #7b370c65
+# %% ../nbs/20a_anatomy.ipynb #e9878ceb
 from dataclasses import dataclass
 import numpy as np
 
@@ -16,7 +16,7 @@ from .geometry import *
 from .volume import *
 from .intensity import *
 
-# %% ../nbs/20a_anatomy.ipynb #dd59a21a
+# %% ../nbs/20a_anatomy.ipynb #32b4df9a
 COARSE_MM = 3. # voxel size aimed at
 ODD_HU = 100 # mean difference from both neighbours, beyond twice theirs from each other; chosen on real series
 TILT = .9 # least cosine between an axial grid's axes and the patient's (25 degrees)
@@ -57,7 +57,7 @@ def _block_mean(s, step, n): # (H,W) slice -> coarse float32: rows are added bef
 def _upright(v):
     return v[tuple(slice(None, None, 1 if c==w else -1) for c,w in zip(v.geometry.code, 'SPL'))]
 
-# %% ../nbs/20a_anatomy.ipynb #f1a8c216
+# %% ../nbs/20a_anatomy.ipynb #f67bca9f
 PLANE = np.zeros((3,3,3), bool); PLANE[1] = [[0,1,0],[1,1,1],[0,1,0]] # neighbours within a slice
 
 def _label(m, structure=None):
@@ -91,7 +91,7 @@ def _hull(m, spacing, directions=24): # slice by slice, outer polygon
     out[slices] = inside
     return out
 
-# %% ../nbs/20a_anatomy.ipynb #1ebd621a
+# %% ../nbs/20a_anatomy.ipynb #6399676b
 AIR, SOLID = -400, -300 # HU, bounds of air and of the body: calcium reference 5.1
 GAS = -945 # HU, median below it: room air or gut; real lungs measured -916..-740, room air -1002..-953
 LUNG_ML, OPEN_ML = 100, 20 # least lung closed in by the body, least lung cut by the field; chosen on real series
@@ -123,7 +123,7 @@ def _without_gas(lungs, hu):
     lab,n = _label(lungs & ~gas)
     return (n > .02*n.sum())[lab] if n.sum() else lungs
 
-# %% ../nbs/20a_anatomy.ipynb #3e91d0c9
+# %% ../nbs/20a_anatomy.ipynb #b58491f4
 def _split_lungs(lungs, g, column): # 1 right, 2 left
     from scipy import ndimage as ndi
     core = lungs
@@ -144,8 +144,9 @@ def _nearer(lungs, lab, right, left, g):
     i = ndi.distance_transform_edt(seed==0, g.spacing, return_distances=False, return_indices=True)
     return np.where(lungs, seed[tuple(i)], 0).astype(np.uint8)
 
-# %% ../nbs/20a_anatomy.ipynb #b1e7ae4a
+# %% ../nbs/20a_anatomy.ipynb #a582853e
 BONE = 150 # HU: calcium reference 5.1
+VERTEBRA = 90 # HU, mean of a row of 30 mm: spongy bone is 120-250, soft tissue and plain blood below 60
 CANAL_MM, SPINE_MM = 25, 120 # widest gap between bony rows (canal), longest chain of them (process to front)
 GUTTER_MM = (15, 60, 40) # mm from the hindmost lung forward to the vertebral front: least, most, most with contrast;
                          # measured 39..56 on three real series at the level of the heart
@@ -154,25 +155,26 @@ def _find_spine(hu, body, lungs, g): # (D,) column of the spine, (D,) row of its
     from scipy import ndimage as ndi
     (D,H,_), (dz,dy,dx) = hu.shape, g.spacing
     rows = body.any(2); first, last = rows.argmax(1), H-1-rows[:,::-1].argmax(1)
-    post = (hu > BONE) & body & (np.arange(H)[None,:,None] > ((first+last)/2)[:,None,None])
-    dense = ndi.uniform_filter(post.sum(1).astype('f4'), [max(1, round(s)) for s in (40/dz, 36/dx)], mode='nearest')
+    behind = body & (np.arange(H)[None,:,None] > ((first+last)/2)[:,None,None])
+    back, size = np.where(behind, hu.clip(-100, 2*BONE), -100), [max(1, round(s)) for s in (40/dz, 36/dx)]
+    dense = ndi.uniform_filter((back > BONE).sum(1).astype('f4'), size, mode='nearest')
     column = ndi.median_filter(dense.argmax(1).astype('f4'), max(1, round(60/dz)) | 1, mode='nearest')
-    front = np.array([_front(post[d], int(column[d]), dy, dx) for d in range(D)])
+    front = np.array([_front(back[d], int(column[d]), dy, dx) for d in range(D)])
     ok = front >= 0
     front = np.interp(np.arange(D), np.flatnonzero(ok), front[ok]) if ok.any() else np.full(D, H-1.)
     front = _beside_lungs(front, lungs, dy, _is_bright(hu, body, lungs, g))
     return column, ndi.median_filter(front, max(1, round(50/dz)) | 1, mode='nearest')
 
-def _front(bone, column, dy, dx): # one slice: foremost row of the chain of bony rows, -1 without bone
+def _front(hu, column, dy, dx): # one slice: foremost row of the chain of bony rows, -1 without bone
     a = max(0, column-round(15/dx))
-    bony = np.flatnonzero(bone[:,a:column+round(15/dx)+1].mean(1) > .3)[::-1]
+    bony = np.flatnonzero(hu[:,a:column+round(15/dx)+1].mean(1) > VERTEBRA)[::-1]
     if not len(bony): return -1
     cut = np.flatnonzero((np.diff(bony) < -CANAL_MM/dy) | (bony[0]-bony[1:] > SPINE_MM/dy))
     return bony[cut[0]] if len(cut) else bony[-1]
 
 def _is_bright(hu, body, lungs, g): # is the tissue between the lungs as bright as bone
     inner = _hull(lungs, g.spacing) & body & (hu > 0)
-    return inner.any() and float(np.median(hu[inner])) > BONE
+    return inner.any() and float(np.median(hu[inner])) > VERTEBRA
 
 def _beside_lungs(front, lungs, dy, bright):
     rows = lungs.any(2); has = rows.any(1)
@@ -181,7 +183,7 @@ def _beside_lungs(front, lungs, dy, bright):
     hind = np.percentile(hind[has], 90) # one gutter for all: single slices may show little lung
     return np.clip(front, hind-GUTTER_MM[1+bright]/dy, hind-GUTTER_MM[0]/dy)
 
-# %% ../nbs/20a_anatomy.ipynb #b69fab4e
+# %% ../nbs/20a_anatomy.ipynb #a3168f8c
 TRACHEA_MM2 = (60, 700) # cross-section
 CHAIN_MM = 12 # a shorter chain of blobs is no windpipe
 
@@ -219,7 +221,7 @@ def _find_airway(hu, tissue, field, g, column, front): # mask, slice of the cari
         if mm >= CHAIN_MM and mm*(1+(at is not None)) > length: best, split, length = chain, at, mm*(1+(at is not None))
     return np.isin(lab, [j for c in best for j in c]) & (lab > 0), split
 
-# %% ../nbs/20a_anatomy.ipynb #bae5ab32
+# %% ../nbs/20a_anatomy.ipynb #ca98c45e
 BONE_ML = 1
 
 def _find_mediastinum(hu, body, lungs, airway, front, g):
@@ -233,7 +235,7 @@ def _find_bone(hu, body, mediastinum, column, front, g): # all bone, and the par
     near = np.abs(x-column[:,None,None])*g.spacing[2] < 40
     return bone, bone & near & (y >= front[:,None,None]-1)
 
-# %% ../nbs/20a_anatomy.ipynb #e2e07e93
+# %% ../nbs/20a_anatomy.ipynb #4f1c6c1b
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "Masks of the chest on one coarse grid (axes SPL), its landmarks and what was remarkable"
@@ -285,7 +287,7 @@ class Anatomy:
         at = 'no carina' if np.isnan(self.carina) else f'carina in coarse slice {self.carina:.0f}'
         return f'Anatomy {parts}; {at}; {self.geometry!r}' + ''.join(f'; {f.code}' for f in self.findings)
 
-# %% ../nbs/20a_anatomy.ipynb #e54cbc9c
+# %% ../nbs/20a_anatomy.ipynb #c434a66c
 def find_anatomy(
     ct:CTVolume, # an axial scan, any field of view, spacing or padding
 ) -> Anatomy: # on a grid of about 3 mm
