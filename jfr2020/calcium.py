@@ -421,19 +421,18 @@ def _isotropic(ct, runs, rule):
     counted, n = np.split(at, np.searchsorted(d, np.arange(1, depth))), 0
     for k in range(-1, depth):
         a,b = max(k, 0), min(k+1, depth-1)
-        here = np.union1d(counted[a], counted[b])
-        f = (planes[below == k]-k)[:,None]
-        counts = [np.isin(here, counted[i]) for i in (a,b)]
-        if len(here) and len(f): n += _above(ct.data, (a,b), here, counts, f, rule)
+        f, low, high = (planes[below == k]-k)[:,None], counted[a], counted[b]
+        both, alone = np.isin(low, high, kind='table'), np.isin(high, low, kind='table', invert=True)
+        n += len(f)*int(both.sum())
+        n += _above(ct.data, a, b, low[~both], f, rule) + _above(ct.data, b, a, high[alone], 1-f, rule)
     return n*h*w*h
 
-def _above(hu, slices, at, counts, f, rule):
-    "How many points at fractions `f` between two slices are calcium"
-    lo,hi = (hu[i].ravel()[at].astype(float) for i in slices)
-    mine = [c | (v < rule.first(hu.dtype)) for c,v in zip(counts, (lo,hi))]
-    v = lo + (hi-lo)*f
+def _above(hu, mine, other, at, f, rule):
+    "How many points at fractions `f` from a slice where pixels count to one where they do not are calcium"
+    near,far = (hu[i].ravel()[at].astype(float) for i in (mine, other))
+    v = near + (far-near)*f
     calcium = v > rule.threshold_hu if rule.strict else v >= rule.threshold_hu
-    return int((calcium & np.where(f < .5, *mine)).sum())
+    return int((calcium & ((f < .5) | (far < rule.first(hu.dtype)))).sum())
 
 # %% ../nbs/22_calcium.ipynb #e328619c
 def label_lesions(
