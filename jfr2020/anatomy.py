@@ -7,7 +7,7 @@ __all__ = ['COARSE_MM', 'ODD_HU', 'TILT', 'PLANE', 'AIR', 'SOLID', 'GAS', 'LUNG_
            'VERTEBRA', 'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'BONE_ML', 'coarse_ct',
            'odd_slices', 'Anatomy', 'find_anatomy']
 
-# %% ../nbs/20a_anatomy.ipynb #e9878ceb
+# %% ../nbs/20a_anatomy.ipynb #22518f8b
 from dataclasses import dataclass
 import numpy as np
 
@@ -16,7 +16,7 @@ from .geometry import *
 from .volume import *
 from .intensity import *
 
-# %% ../nbs/20a_anatomy.ipynb #32b4df9a
+# %% ../nbs/20a_anatomy.ipynb #c3013313
 COARSE_MM = 3. # voxel size aimed at
 ODD_HU = 100 # mean difference from both neighbours, beyond twice theirs from each other; chosen on real series
 TILT = .9 # least cosine between an axial grid's axes and the patient's (25 degrees)
@@ -57,7 +57,7 @@ def _block_mean(s, step, n): # (H,W) slice -> coarse float32: rows are added bef
 def _upright(v):
     return v[tuple(slice(None, None, 1 if c==w else -1) for c,w in zip(v.geometry.code, 'SPL'))]
 
-# %% ../nbs/20a_anatomy.ipynb #f67bca9f
+# %% ../nbs/20a_anatomy.ipynb #10fbf9cd
 PLANE = np.zeros((3,3,3), bool); PLANE[1] = [[0,1,0],[1,1,1],[0,1,0]] # neighbours within a slice
 
 def _label(m, structure=None):
@@ -91,7 +91,7 @@ def _hull(m, spacing, directions=24): # slice by slice, outer polygon
     out[slices] = inside
     return out
 
-# %% ../nbs/20a_anatomy.ipynb #6399676b
+# %% ../nbs/20a_anatomy.ipynb #1895f20e
 AIR, SOLID = -400, -300 # HU, bounds of air and of the body: calcium reference 5.1
 GAS = -945 # HU, median below it: room air or gut; real lungs measured -916..-740, room air -1002..-953
 LUNG_ML, OPEN_ML = 100, 20 # least lung closed in by the body, least lung cut by the field; chosen on real series
@@ -123,7 +123,7 @@ def _without_gas(lungs, hu):
     lab,n = _label(lungs & ~gas)
     return (n > .02*n.sum())[lab] if n.sum() else lungs
 
-# %% ../nbs/20a_anatomy.ipynb #b58491f4
+# %% ../nbs/20a_anatomy.ipynb #3b944fb1
 def _split_lungs(lungs, g, column): # 1 right, 2 left
     from scipy import ndimage as ndi
     core = lungs
@@ -132,8 +132,9 @@ def _split_lungs(lungs, g, column): # 1 right, 2 left
         a,b = np.argsort(-n)[:2] if len(n) > 1 else (0,0)
         if n[b] >= .15*n[a] > 0: return _nearer(lungs, lab, *sorted((a,b), key=lambda k: _mean_column(lab==k)), g)
         core = ndi.binary_erosion(core, border_value=1)
-    is_left = lungs.any() and _mean_column(lungs) > np.median(column)
-    return lungs*np.uint8(1+is_left)
+    halves = lungs*np.uint8(1) + (lungs & (np.arange(lungs.shape[2]) > column[:,None,None]))
+    n = np.bincount(halves.ravel(), minlength=3)[1:]
+    return halves if n.min() >= .15*n.max() else lungs*np.uint8(1+n.argmax())
 
 def _mean_column(m): return np.average(np.arange(m.shape[2]), weights=m.sum((0,1)))
 
@@ -144,7 +145,7 @@ def _nearer(lungs, lab, right, left, g):
     i = ndi.distance_transform_edt(seed==0, g.spacing, return_distances=False, return_indices=True)
     return np.where(lungs, seed[tuple(i)], 0).astype(np.uint8)
 
-# %% ../nbs/20a_anatomy.ipynb #a582853e
+# %% ../nbs/20a_anatomy.ipynb #491c4bc1
 BONE = 150 # HU: calcium reference 5.1
 VERTEBRA = 90 # HU, mean of a row of 30 mm: spongy bone is 120-250, soft tissue and plain blood below 60
 CANAL_MM, SPINE_MM = 25, 120 # widest gap between bony rows (canal), longest chain of them (process to front)
@@ -183,7 +184,7 @@ def _beside_lungs(front, lungs, dy, bright):
     hind = np.percentile(hind[has], 90) # one gutter for all: single slices may show little lung
     return np.clip(front, hind-GUTTER_MM[1+bright]/dy, hind-GUTTER_MM[0]/dy)
 
-# %% ../nbs/20a_anatomy.ipynb #a3168f8c
+# %% ../nbs/20a_anatomy.ipynb #cc3bcdd6
 TRACHEA_MM2 = (60, 700) # cross-section
 CHAIN_MM = 12 # a shorter chain of blobs is no windpipe
 
@@ -221,7 +222,7 @@ def _find_airway(hu, tissue, field, g, column, front): # mask, slice of the cari
         if mm >= CHAIN_MM and mm*(1+(at is not None)) > length: best, split, length = chain, at, mm*(1+(at is not None))
     return np.isin(lab, [j for c in best for j in c]) & (lab > 0), split
 
-# %% ../nbs/20a_anatomy.ipynb #ca98c45e
+# %% ../nbs/20a_anatomy.ipynb #ae446baf
 BONE_ML = 1
 
 def _find_mediastinum(hu, body, lungs, airway, front, g):
@@ -235,7 +236,7 @@ def _find_bone(hu, body, mediastinum, column, front, g): # all bone, and the par
     near = np.abs(x-column[:,None,None])*g.spacing[2] < 40
     return bone, bone & near & (y >= front[:,None,None]-1)
 
-# %% ../nbs/20a_anatomy.ipynb #4f1c6c1b
+# %% ../nbs/20a_anatomy.ipynb #36f7b0ab
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "Masks of the chest on one coarse grid (axes SPL), its landmarks and what was remarkable"
@@ -287,7 +288,7 @@ class Anatomy:
         at = 'no carina' if np.isnan(self.carina) else f'carina in coarse slice {self.carina:.0f}'
         return f'Anatomy {parts}; {at}; {self.geometry!r}' + ''.join(f'; {f.code}' for f in self.findings)
 
-# %% ../nbs/20a_anatomy.ipynb #c434a66c
+# %% ../nbs/20a_anatomy.ipynb #80182eef
 def find_anatomy(
     ct:CTVolume, # an axial scan, any field of view, spacing or padding
 ) -> Anatomy: # on a grid of about 3 mm

@@ -7,7 +7,7 @@ __all__ = ['BELOW_RIGHT_MM', 'BELOW_LEFT_MM', 'CARINA_DOWN_MM', 'ABOVE_MM', 'CAR
            'OPEN_MM', 'MIDDLE_MM', 'SIDE_MM', 'FRONT_MM', 'BACK_MM', 'SLICES', 'RIGHT_MM', 'LEFT_MM', 'DEEP_MM', 'SURE',
            'HeartBox', 'find_heart']
 
-# %% ../nbs/21_heart.ipynb #b73cf96e
+# %% ../nbs/21_heart.ipynb #085f4107
 from dataclasses import dataclass
 import numpy as np
 
@@ -16,7 +16,7 @@ from .geometry import *
 from .volume import *
 from .anatomy import *
 
-# %% ../nbs/21_heart.ipynb #1542ac3b
+# %% ../nbs/21_heart.ipynb #c7b5c8b7
 @dataclass(frozen=True, eq=False)
 class HeartBox:
     "Where the heart is on a scan's grid, how sure that is, and why"
@@ -54,16 +54,16 @@ class HeartBox:
         return (f'HeartBox {x:.0f} x {y:.0f} x {z:.0f} mm (left-right, front-back, up-down), '
                 f'confidence {self.confidence:.2f}: {self.reason}')
 
-# %% ../nbs/21_heart.ipynb #ca19d8c2
-def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: coarse voxels, hi after the last
-    corners = np.array(np.meshgrid(*zip(lo, hi))).reshape(3,-1).T-.5
+# %% ../nbs/21_heart.ipynb #60d5f8c0
+def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: faces in coarse voxels; a voxel that is touched is in
+    corners = np.array(np.meshgrid(*zip(lo, hi))).reshape(3,-1).T
     i = ct.geometry.to_index(anatomy.geometry.to_world(corners))
     a = np.clip(np.floor(i.min(0)+.5), 0, np.array(ct.shape)-1).astype(int)
     b = np.maximum(np.clip(np.ceil(i.max(0)+.5), 1, ct.shape).astype(int), a+1)
     w = ct.geometry.to_world(np.array(np.meshgrid(*zip(a, b))).reshape(3,-1).T-.5)
     return HeartBox(a, b, np.array([w.min(0), w.max(0)]), round(float(confidence), 2), reason)
 
-# %% ../nbs/21_heart.ipynb #93d2888f
+# %% ../nbs/21_heart.ipynb #a0edbf03
 BELOW_RIGHT_MM, BELOW_LEFT_MM = 38, 16 # bottom of the box below the base of the right and of the left lung
 CARINA_DOWN_MM = 5 # top of the box below the carina; cardiac protocols begin some 10 mm below it
 ABOVE_MM = 115 # top above the right base where no carina was found
@@ -95,11 +95,11 @@ def _levels(a): # bottom, top (coarse slices), the two bases, notes, confidence
         if base >= 1 and not CARINA_MM[0] <= high <= CARINA_MM[1]: top, sure = max(top, base+ABOVE_MM/dz), sure*.4
     return bottom, min(last, top), right, left, notes, sure
 
-# %% ../nbs/21_heart.ipynb #d32a232b
+# %% ../nbs/21_heart.ipynb #f508b750
 OPEN_MM, MIDDLE_MM = 9, (30, 70) # opening of the mediastinum; where the heart is, right and left of the spine's column
-SIDE_MM, FRONT_MM, BACK_MM = 8, 8, 6 # margins at the sides, in front, and behind the vertebral front
+SIDE_MM, FRONT_MM, BACK_MM = 8, 6, 6 # margins at the sides, in front, and behind the vertebral front
 SLICES = .8 # share of the slices that decide; all chosen on real series
-RIGHT_MM, LEFT_MM, DEEP_MM = (45, 85), (75, 140), 60 # least and most extent from the spine's column, least depth
+RIGHT_MM, LEFT_MM, DEEP_MM = (45, 80), (65, 140), 60 # least and most extent from the spine's column, least depth
 
 def _heart_core(a, bottom, top): # opened mediastinum of the slices bottom..top, in each the piece most before the spine
     from scipy import ndimage as ndi
@@ -132,7 +132,7 @@ def _sides(a, bottom, top, right, left): # row and column limits (coarse, inclus
     back = max(back+BACK_MM/dy, front+DEEP_MM/dy)
     return front, back, r, l, [f'{(spine-r)*dx:.0f} mm right and {(l-spine)*dx:.0f} mm left of the spine'], sure
 
-# %% ../nbs/21_heart.ipynb #d39fd00e
+# %% ../nbs/21_heart.ipynb #3a5350dd
 SURE = .5 # below this confidence the box takes the whole field
 
 def find_heart(
@@ -148,9 +148,9 @@ def find_heart(
     front, back, r, l, more, certain = _sides(a, bottom, top, right, left)
     codes = {f.code for f in a.findings}
     sure *= certain * (.4 if 'ONE_LUNG' in codes else 1) * (.8 if 'LUNGS_TRUNCATED' in codes else 1)
-    lo, hi = np.array([bottom, front, r]), np.array([top, back, l])+1
-    if sure < SURE: lo[1:], hi[1:] = 0, a.ct.shape[1:]; more = ['whole width of the field kept']
-    return _box(ct, a, np.clip(lo, 0, None), np.minimum(hi, a.ct.shape), sure, '; '.join(notes+more))
+    lo, hi = np.array([bottom, front-.5, r-.5]), np.array([top, back+.5, l+.5])
+    if sure < SURE: lo[1:], hi[1:], more = -1, a.ct.shape[1:], ['whole width of the field kept']
+    return _box(ct, a, lo, hi, sure, '; '.join(notes+more))
 
 def _no_heart(cause):
     raise NotScoreable(f'no heart in this scan: {cause}', 'NO_HEART', 'choose the series that shows the chest')
