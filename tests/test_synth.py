@@ -176,3 +176,12 @@ def test_noise_raises_the_score_by_some_six_per_cent():
             clean += agatston(ct, everything(ct))
             noisy += agatston(grainy, everything(ct))
     assert .04 < noisy/clean - 1 < .085 # the same placements with and without
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_body_and_inserts_move_together(seed):
+    ct, truth = qrm_phantom(np.random.default_rng(seed), matrix=64, fov_mm=448, length_mm=120, dtype=np.float32)
+    moved = np.subtract(truth.inserts[0].centre_mm, INSERTS[0].centre_mm)
+    above_air = ct.data.astype(float).ravel() + 1000
+    middle = ct.geometry.to_world(np.argwhere(np.ones(ct.shape))).T @ above_air / above_air.sum()
+    assert np.abs(moved[:2]).max() > 1 and abs(middle[0] - moved[0]) < .3 and abs(middle[2] - moved[2]) < .3
