@@ -23,8 +23,8 @@ class Scheme:
     source:str # who uses it
 
     def __post_init__(self):
-        rising = all(a < b for a,b in zip(self.edges, self.edges[1:]))
-        if len(self.labels) != len(self.edges)+1 or not rising or self.side not in ('left', 'right') or self.edges[0] < 0:
+        rising = all(a < b for a,b in zip((-1, *self.edges), self.edges)) and self.edges[0] >= 0
+        if len(self.labels) != len(self.edges)+1 or not rising or self.side not in ('left', 'right'):
             raise ConfigError(f'{self.name}: needs rising edges, one label more than edges, side left or right; '
                               f'got {self.edges}, {len(self.labels)} labels, {self.side!r}')
 
@@ -43,18 +43,22 @@ class Scheme:
         e = (*self.edges, math.inf)
         if index == 0: return '{0}' if e[0] == 0 else f'[0, {e[0]:g}' + (']' if self.side == 'right' else ')')
         low,high = e[index-1:index+1]
-        open_low = self.side == 'right' or low == 0
-        return f'{"(" if open_low else "["}{low:g}, {high:g}' + (']' if self.side == 'right' and high < math.inf else ')')
+        first = '(' if self.side == 'right' or low == 0 else '['
+        return f'{first}{low:g}, {high:g}' + (']' if self.side == 'right' and high < math.inf else ')')
 
 SCHEMES = {s.name: s for s in (
     Scheme('jfr2020', ('0', '1-9', '10-99', '100-399', '>=400'), (0,10,100,400), 'left', 'JFR 2020 data challenge'),
-    Scheme('rumberger', ('0', '1-10', '11-100', '101-400', '>400'), (0,10,100,400), 'right', 'Rumberger 1999; van Velzen 2020 code'),
-    Scheme('utrecht_ldct', ('0-10', '11-100', '101-1000', '>1000'), (10,100,1000), 'right', 'Utrecht, low-dose chest CT'),
+    Scheme('rumberger', ('0', '1-10', '11-100', '101-400', '>400'), (0,10,100,400), 'right',
+           'Rumberger 1999; code of van Velzen 2020'),
+    Scheme('utrecht_ldct', ('0-10', '11-100', '101-1000', '>1000'), (10,100,1000), 'right',
+           'Utrecht, low-dose chest CT'),
     Scheme('deepcac', ('0', '1-100', '101-300', '>300'), (0,100,300), 'right', 'Zeleznik 2021'),
     Scheme('ai_cac', ('0', '1-100', '101-400', '>400'), (0,100,400), 'right', 'AI-CAC 2025'),
     Scheme('clearread', ('0', '1-99', '100-399', '>=400'), (0,100,400), 'left', 'ClearRead CT CAC'),
-    Scheme('cac_drs', ('A0', 'A1', 'A2', 'A3'), (0,100,300), 'left', 'CAC-DRS: 0, 1-99, 100-299, >= 300; edges not verified at the source'),
-    Scheme('hl7lt', ('0', '1-10', '11-100', '101-400', '401-1000', '>1000'), (0,10,100,400,1000), 'right', 'six levels'))}
+    Scheme('cac_drs', ('A0', 'A1', 'A2', 'A3'), (0,100,300), 'left',
+           'CAC-DRS: 0, 1-99, 100-299, >= 300; edges not verified at the source'),
+    Scheme('hl7lt', ('0', '1-10', '11-100', '101-400', '401-1000', '>1000'), (0,10,100,400,1000), 'right',
+           'the six levels of HL7'))}
 
 # %% ../nbs/22a_categories.ipynb #9ec2a574
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def risk_category(
     scheme:str='jfr2020', # name of SCHEMES
 ) -> Category:
     "The class of a score under a named scheme"
-    if scheme not in SCHEMES: raise ConfigError(f'unknown category scheme {scheme!r}', fix=f'one of {", ".join(SCHEMES)}')
+    if scheme not in SCHEMES:
+        raise ConfigError(f'unknown category scheme {scheme!r}', fix=f'one of {", ".join(SCHEMES)}')
     if not 0 <= agatston < math.inf: raise ConfigError(f'a score is a number from 0 on, got {agatston}')
     s = SCHEMES[scheme]
     k = s.index(agatston)
@@ -96,7 +101,7 @@ class ArterialAge:
     "Years, with whether its coefficients were checked against the source"
     years:float # years
     verified:bool=False # were the coefficients checked against the paper
-    source:str='McClelland 2009, 39.1 + 7.25 ln(score + 1); coefficients not verified'
+    source:str='McClelland 2009: 39.1 + 7.25 ln(score + 1); coefficients not verified' # formula and its source
 
     def __str__(self): return f'{self.years:.1f} years' + ('' if self.verified else ' (unverified coefficients)')
 

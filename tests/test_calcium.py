@@ -11,6 +11,7 @@ from jfr2020.calcium import (AGATSTON, VESSELS, Calibration, ScoreRule, agatston
 from jfr2020.categories import SCHEMES, cac_drs, risk_category
 from jfr2020.errors import ConfigError, GeometryError
 from jfr2020.geometry import Geometry
+from jfr2020.variants import GRANI, KVP_RANGE, RULES, thresholds
 from jfr2020.volume import CTVolume, MaskVolume, flip
 
 MANY = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
@@ -175,6 +176,20 @@ def test_isotropic_volume_equals_plain_interpolation():
     mask = MaskVolume(np.ones(g.shape, 'u1'), g)
     s = calcium_score(ct, mask, replace(AGATSTON, min_area_mm2=0))
     assert math.isclose(s.volume_iso_mm3, by_interpolation(ct, ct.data >= 130), rel_tol=1e-9)
+
+
+@MANY
+@given(scans(), st.sampled_from(sorted(RULES)))
+def test_named_rules_equal_definition(scan, name):
+    assert agatston(*scan, RULES[name], 2.5) == agatston_by_definition(*scan, RULES[name], 2.5)
+
+
+@given(st.floats(*KVP_RANGE), st.floats(*KVP_RANGE))
+def test_thresholds_fall_with_voltage_and_rise_with_weight(a, b):
+    low, high = (thresholds(kv) for kv in sorted((a, b)))
+    for p,q in zip((low.threshold_hu, *low.edges_hu), (high.threshold_hu, *high.edges_hu)): assert p >= q
+    assert (np.diff((low.threshold_hu, *low.edges_hu)) > 0).all() and low.of().kvp == min(a, b)
+    assert bool(thresholds(a).findings) == (a not in GRANI) # never silent between or beyond the rows
 
 
 EDGES = dict(jfr2020=[0, 1, 10, 100, 400], clearread=[0, 1, 100, 400], cac_drs=[0, 1, 100, 300]) # where a class begins
