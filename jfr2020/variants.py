@@ -78,7 +78,8 @@ def _levels(kvp):
 def _remarks(kvp, tin):
     rows = sorted(GRANI)
     if not rows[0] <= kvp <= rows[-1]:
-        yield Finding('KVP_BEYOND', f'{kvp:g} kV is beyond the table, {rows[0]}..{rows[-1]} kV: the thresholds are guesses')
+        table = f'{rows[0]} to {rows[-1]} kV'
+        yield Finding('KVP_BEYOND', f'{kvp:g} kV is beyond the table of {table}: thresholds are extrapolated')
     elif kvp not in GRANI:
         yield Finding('KVP_BETWEEN', f'{kvp:g} kV is between rows of the table: thresholds are interpolated')
     if tin: yield Finding('TIN', 'the table is for unfiltered tubes: with a tin filter scores come out lower')
