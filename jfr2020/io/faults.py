@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GAP_TOLERANCE', 'TILT_DEG', 'SPACING_MM', 'GAP_MM', 'SLOPE', 'INTERCEPT', 'slice_normal', 'sort_slices', 'check_kind',
-           'check_coding', 'check_hu', 'check_rescale', 'check_grid', 'remarks']
+           'check_unmixed', 'check_coding', 'check_hu', 'check_rescale', 'check_inverted', 'check_grid', 'remarks']
 
-# %% ../../nbs/08a_io.faults.ipynb #fd6c1b5d
+# %% ../../nbs/08a_io.faults.ipynb #29a5e787
 import math
 from collections import Counter
 
@@ -15,18 +15,21 @@ import numpy as np
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08a_io.faults.ipynb #1208a3cd
+# %% ../../nbs/08a_io.faults.ipynb #20009aac
 GAP_TOLERANCE = .01 # of the median gap: slices farther off are not one regular stack
 TILT_DEG = 1. # degrees between the stacking direction and the slice normal, above: a tilted gantry
 SPACING_MM = .1, 2. # pixel spacing of a CT
 GAP_MM = .1, 20. # distance between slices
 SLOPE, INTERCEPT = (1e-3, 10.), (-32768., 32768.) # rescale of a CT to HU
-_NO_ORIGINAL = {'REFORMATTED', 'MPR', 'CPR', 'CSAMPR', 'MIP', 'MINIP', 'MAX_IP', 'MIN_IP', 'MAXIMUM', 'MINIMUM', 'PROJECTION IMAGE',
-    'VRT', 'SSD', 'SCREEN SAVE', 'PERFUSION', 'SUBTRACTION', 'DIVISION', 'RCBF', 'RCBV', 'MTT', 'STD_DEVIATION', 'ADDITION_NO'}
+_MADE = {'REFORMATTED', 'MPR', 'CPR', 'MIP', 'MINIP', 'MAX_IP', 'MIN_IP', 'MAXIMUM', 'MINIMUM', 'PROJECTION', 'VRT',
+         'SSD'}
+_MAPS = {'PERFUSION', 'RCBF', 'RCBV', 'MTT', 'TTP', 'SUBTRACTION', 'DIVISION', 'STD_DEVIATION', 'IODINE', 'VNC',
+         'ELECTRON_DENSITY', 'EFF_ATOMIC_NUM', 'MAT_SPECIFIC', 'MAT_REMOVED', 'MAT_FRACTIONAL', 'MAT_MODIFIED',
+         'MAT_VALUE_BASED'}
 _SECONDARY = '1.2.840.10008.5.1.4.1.1.7' # Secondary Capture, plain and multi-frame
 _CT = {'1.2.840.10008.5.1.4.1.1.2'} | ENHANCED
 
-# %% ../../nbs/08a_io.faults.ipynb #4e70accf
+# %% ../../nbs/08a_io.faults.ipynb #5e3568ef
 def slice_normal(
     h:Header, # of one slice
 ) -> np.ndarray: # (3,) LPS unit vector, or None without a usable orientation
@@ -37,16 +40,17 @@ def slice_normal(
     return n/np.linalg.norm(n) if np.isfinite(n).all() and np.linalg.norm(n) > .1 else None
 
 def sort_slices(
-    headers, # of one series, in any order
-) -> list: # of Header, along the normal of the first; those without a position last
+    headers, # of one series, one a file, in any order
+) -> list: # of Header, one a slice, along the normal of the first; those without a position last
     "Headers in the order of their positions"
+    headers = [o for h in headers for o in h.each_frame()]
     n = next((n for n in map(slice_normal, headers) if n is not None), np.array([0,0,1.]))
     def where(h):
         p = h.numbers('ImagePositionPatient', 3)
         return (0, float(np.dot(p, n))) if p is not None and np.isfinite(p).all() else (1, 0.)
     return sorted(headers, key=where)
 
-# %% ../../nbs/08a_io.faults.ipynb #4dfac6b1
+# %% ../../nbs/08a_io.faults.ipynb #cf84272f
 def _place(headers, i):
     p = headers[i].numbers('ImagePositionPatient', 3)
     return f'slice {i} at z={p[2]:.2f} mm' if p else f'file {headers[i].path.name}'
@@ -58,8 +62,9 @@ def _same(headers, keyword, fix='export the series again, one reconstruction onl
     if len({h.raw.get(keyword) for h in headers}) == 1: return
     seen = [h.get(keyword) for h in headers]
     i = next((i for i,v in enumerate(seen) if v != seen[0]), None)
-    if i is not None: _refuse(f'VARIES_{keyword}', f'{keyword} is {seen[0]} in {_place(headers, 0)} and {seen[i]} in '
-                              f'{_place(headers, i)}: {len(set(seen))} values in {len(seen)} slices', fix)
+    if i is None: return
+    text = f'{keyword} is {seen[0]} in {_place(headers, 0)} and {seen[i]} in {_place(headers, i)}'
+    _refuse(f'VARIES_{keyword}', f'{text}: {len(set(seen))} values in {len(seen)} slices', fix)
 
 def _same_numbers(headers, keyword, n, tol):
     "Refuse `n` numbers that are missing, or differ by more than `tol` between slices"
@@ -68,72 +73,118 @@ def _same_numbers(headers, keyword, n, tol):
     for i,h in enumerate(headers):
         v = h.numbers(keyword, n)
         if v is None:
-            text = 'is absent' if h.get(keyword) is None else f'must be {n} numbers, found {str(h.get(keyword))[:40]!r}'
-            _refuse(f'MISSING_{keyword}', f'{keyword} {text} in {_place(headers, i)}', 'export the series with its full header')
+            found = h.get(keyword)
+            text = 'is absent' if found is None else f'must be {n} numbers, found {str(found)[:40]!r}'
+            _refuse(f'MISSING_{keyword}', f'{keyword} {text} in {_place(headers, i)}',
+                    'export the series with its full header')
         first = first or v
         if not max(abs(a-b) for a,b in zip(v, first)) <= tol:
-            _refuse(f'VARIES_{keyword}', f'{keyword} is {first} in {_place(headers, 0)} and {v} in {_place(headers, i)}')
+            a, b = (', '.join(f'{o:g}' for o in t) for t in (first, v))
+            _refuse(f'VARIES_{keyword}', f'{keyword} is {a} in {_place(headers, 0)} and {b} in {_place(headers, i)}')
 
 def _range(headers, keyword, n, lo, hi, code):
     "Refuse numbers outside `lo..hi`, nan included"
     for i,h in enumerate(headers):
         v = h.numbers(keyword, n)
         if not all(lo <= o <= hi for o in v):
-            _refuse(code, f'{keyword} must be {lo:g}..{hi:g}, found {", ".join(f"{o:g}" for o in v)} in {_place(headers, i)}',
+            found = ', '.join(f'{o:g}' for o in v)
+            _refuse(code, f'{keyword} must be {lo:g}..{hi:g}, found {found} in {_place(headers, i)}',
                     'export the series with its original header')
         if len({o.raw[keyword] for o in headers}) == 1: return
 
-# %% ../../nbs/08a_io.faults.ipynb #471c5990
+# %% ../../nbs/08a_io.faults.ipynb #8d17d18e
+def _words(h): # of ImageType, single words
+    many = lambda v: v if isinstance(v, tuple) else () if v is None else (v,)
+    return {o for k in ('ImageType', 'FrameType') for v in many(h.get(k)) for o in (v, *str(v).split())}
+
 def check_kind(
-    headers, # of one series
+    headers, # of one series, sorted
 ):
-    "Refuse what is no original CT slice, or not of one patient, study and reconstruction"
-    other = Counter(h.get('Modality', 'none') for h in headers if h.get('Modality') != 'CT')
-    if other: _refuse('NOT_CT', f'Modality is {", ".join(map(str, other))} in {other.total()} of {len(headers)} files, CT is scored',
-                      'choose a CT series')
-    words = [{*_many(h.get('ImageType')), *_many(h.get('FrameType'))} for h in headers]
+    "Refuse what is no original CT slice in HU"
+    other = Counter(str(h.get('Modality', 'absent')) for h in headers if h.get('Modality') != 'CT')
+    if other:
+        text = f'Modality is {", ".join(other)} in {other.total()} of {len(headers)} files, CT is scored'
+        _refuse('NOT_CT', text, 'choose a CT series')
+    words = [_words(h) for h in headers]
     scouts = [i for i,w in enumerate(words) if w & {'LOCALIZER', 'SCOUT', 'TOPOGRAM'}]
-    if scouts: _refuse('LOCALIZER', f'{len(scouts)} of {len(headers)} images are localizers, the first is {_place(headers, scouts[0])}',
-                       'take the localizer out' if len(scouts) < len(headers) else 'choose another series')
-    for h,w in zip(headers, words):
-        sop, made = str(h.get('SOPClassUID', 'none')), w & _NO_ORIGINAL
+    if scouts:
+        first = _place(headers, scouts[0])
+        _refuse('LOCALIZER', f'{len(scouts)} of {len(headers)} images are localizers, the first is {first}',
+                'take the localizer out' if len(scouts) < len(headers) else 'choose another series')
+    for i,(h,w) in enumerate(zip(headers, words)):
+        sop, say = str(h.get('SOPClassUID')
+                       or h.get('MediaStorageSOPClassUID')), f'ImageType of {_place(headers, i)} says '
         if sop.startswith(_SECONDARY) or 'SCREEN SAVE' in w:
-            _refuse('SECONDARY_CAPTURE', 'the images are captures, not slices', 'choose the original series')
-        if sop not in _CT: _refuse('NOT_CT', f'SOP class {sop} is no CT image', 'choose a CT series')
-        if made: _refuse('REFORMAT', f'ImageType says {", ".join(sorted(made))}: made from other slices', 'choose the original slices')
-    if len({h.patient for h in headers}) > 1:
-        n = Counter(h.patient for h in headers)
-        i = next(i for i,h in enumerate(headers) if h.patient != headers[0].patient)
-        _refuse('MIXED_PATIENTS', f'{len(n)} patients under one series UID, the second from {_place(headers, i)}', 'separate the patients')
-    for k in ('StudyInstanceUID', 'FrameOfReferenceUID', 'ConvolutionKernel', 'KVP', 'ContrastBolusAgent'): _same(headers, k)
+            _refuse('SECONDARY_CAPTURE', f'{_place(headers, i)} is a capture, no slice', 'choose the original series')
+        if sop.startswith('1.2.840.10008.') and sop not in _CT:
+            _refuse('NOT_CT', f'SOP class {sop} of {_place(headers, i)} is no CT image', 'choose a CT series')
+        if w & _MADE: _refuse('REFORMAT', say + f'{", ".join(sorted(w & _MADE))}: made from slices',
+                              'choose the original slices')
+        if w & _MAPS: _refuse('NOT_HU', say + f'{", ".join(sorted(w & _MAPS))}: a map, not HU',
+                              'choose the original slices')
 
-def _many(v): return v if isinstance(v, tuple) else () if v is None else (v,)
+def check_unmixed(
+    headers, # of one series, sorted
+):
+    "Refuse more than one patient, study, reconstruction or voltage under one series UID"
+    i = next((i for i,h in enumerate(headers) if h.patient != headers[0].patient), None)
+    if i is not None:
+        n = len({h.patient for h in headers})
+        _refuse('MIXED_PATIENTS', f'{n} patients under one series UID, the second from {_place(headers, i)}',
+                'separate the patients')
+    for k in ('StudyInstanceUID', 'FrameOfReferenceUID', 'ConvolutionKernel', 'KVP',
+              'ContrastBolusAgent'): _same(headers, k)
 
-# %% ../../nbs/08a_io.faults.ipynb #77f5f675
+# %% ../../nbs/08a_io.faults.ipynb #8b40cead
+def _check_file(headers, i):
+    "Refuse a file whose pixels are absent, cut short or beyond the limits"
+    h = headers[i]
+    check_pixels(h.get, h.path.name)
+    if h.offset < 0:
+        _refuse('NO_PIXELS', f'there are no pixels in {_place(headers, i)}',
+                'choose an image series, or copy the file again')
+    if h.remark == 'CUT':
+        need = f'{h.offset+h.length} are needed' if h.length >= 0 and h.offset else 'the last fragment is cut'
+        _refuse('TRUNCATED', f'the pixels of {_place(headers, i)} end early: its file has {h.size} bytes, {need}',
+                'copy it again')
+    if h.syntax not in SYNTAXES:
+        _refuse('UNSUPPORTED_SYNTAX', f'transfer syntax {h.syntax} is not read', 'export the series uncompressed')
+
+def _check_length(headers, i):
+    "Refuse a file with more or fewer bytes of pixels than its header needs"
+    h = headers[i]
+    frames = h.numbers('NumberOfFrames')
+    need = h.get('Rows')*h.get('Columns')*(h.get('BitsAllocated')//8)*(int(frames[0]) if frames else 1)
+    native = not h.syntax.startswith(('1.2.840.10008.1.2.4.', '1.2.840.10008.1.2.5'))
+    if native != (h.length >= 0):
+        _refuse('PIXEL_LENGTH', f'{SYNTAXES[h.syntax]} and the form of the pixels disagree in {_place(headers, i)}')
+    if native and not need <= h.length <= need + need%2:
+        _refuse('PIXEL_LENGTH' if h.length > need else 'TRUNCATED',
+                f'{need} bytes of pixels are needed, {h.length} are in {_place(headers, i)}', 'copy the file again')
+
 def check_coding(
     headers, # of one series, sorted
 ):
-    "Refuse pixels that are absent, cut short, of differing size or coding, or without HU"
-    for i,h in enumerate(headers):
-        check_pixels(h.get, h.path.name)
-        if h.offset < 0: _refuse('NO_PIXELS', f'no pixels in {_place(headers, i)}', 'choose an image series, or copy the file again')
-        if h.remark == 'CUT': _refuse('TRUNCATED', f'the pixels of {_place(headers, i)} end early: its file has {h.size} bytes, '
-            + (f'{h.offset+h.length} are needed' if h.length >= 0 and h.offset else 'the last fragment is cut'), 'copy the file again')
-        if h.syntax not in SYNTAXES:
-            _refuse('UNSUPPORTED_SYNTAX', f'transfer syntax {h.syntax} is not read', 'export the series uncompressed')
+    "Refuse pixels that are absent, cut short, or of differing size or coding"
+    for i in range(len(headers)): _check_file(headers, i)
     for k in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'SamplesPerPixel'):
         _same_numbers(headers, k, 1, 0)
     for k in ('PhotometricInterpretation', 'NumberOfFrames'): _same(headers, k)
     h = headers[0]
-    if h.get('SamplesPerPixel') != 1 or h.get('PhotometricInterpretation') not in ('MONOCHROME1', 'MONOCHROME2'):
-        _refuse('PHOTOMETRIC', f'{h.get("PhotometricInterpretation")} with {h.get("SamplesPerPixel")} samples a pixel is no CT slice')
-    bits = [int(h.get(k)) for k in ('BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation')]
-    if not (bits[0] in (8, 16, 32) and 1 <= bits[1] <= bits[2]+1 <= bits[0] and bits[3] in (0, 1) and min(h.get('Rows'), h.get('Columns'))):
-        _refuse('PIXEL_CODING', f'{h.get("Rows")} x {h.get("Columns")} pixels of {bits[0]} bits, {bits[1]} stored, high bit {bits[2]}')
-    need = h.get('Rows')*h.get('Columns')*bits[0]//8*int(h.numbers('NumberOfFrames')[0] if h.numbers('NumberOfFrames') else 1)
+    light, samples = h.get('PhotometricInterpretation'), h.get('SamplesPerPixel')
+    if samples != 1 or light not in ('MONOCHROME1', 'MONOCHROME2'):
+        _refuse('PHOTOMETRIC', f'{light} with {samples} samples a pixel is no CT slice', 'choose a CT series')
+    rows, columns, has, used, high, sign = (int(h.get(k)) for k in (
+        'Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'))
+    if not (has in (8, 16, 32) and 1 <= used <= high+1 <= has and sign in (0, 1) and rows and columns):
+        _refuse('PIXEL_CODING', f'{rows} x {columns} pixels of {has} bits, {used} stored, high bit {high}, sign {sign}')
+    files = Counter(h.path for h in headers)
     for i,h in enumerate(headers):
-        if h.length >= 0 and not need <= h.length <= need + need%2:
-            _refuse('PIXEL_LENGTH' if h.length > need else 'TRUNCATED', f'{need} bytes of pixels are needed, {h.length} are in {_place(headers, i)}')
+        _check_length(headers, i)
+        frames = h.numbers('NumberOfFrames')
+        if frames and frames[0] != files[h.path]:
+            _refuse('MULTIFRAME', f'{frames[0]:g} frames in {h.path.name}, but positions for {files[h.path]}',
+                    'export single slices')
 
 def check_hu(
     headers, # of one series, sorted
@@ -144,9 +195,9 @@ def check_hu(
         _range(headers, k, 1, lo, hi, f'{k.removeprefix("Rescale").upper()}_RANGE')
     _same(headers, 'RescaleType')
     unit = str(headers[0].get('RescaleType', 'HU')).upper()
-    if unit != 'HU' and not unit.startswith(('HOUN', 'HU ')): _refuse('RESCALE_TYPE', f'RescaleType is {unit}, HU are scored')
+    if unit != 'HU' and not unit.startswith('HOUN'): _refuse('RESCALE_TYPE', f'RescaleType is {unit}, HU are scored')
 
-# %% ../../nbs/08a_io.faults.ipynb #09963952
+# %% ../../nbs/08a_io.faults.ipynb #ae3563ec
 def _rescale(h): return h.numbers('RescaleSlope')[0], h.numbers('RescaleIntercept')[0]
 
 def _stored(h):
@@ -154,7 +205,8 @@ def _stored(h):
     try: a = read_dataset(h.path, pixels=True).pixel_array
     except JfrError: raise
     except Exception as e:
-        raise DicomSeriesError(f'the pixels of {h.path.name} cannot be decoded ({type(e).__name__})', 'UNREADABLE') from e
+        raise DicomSeriesError(f'the pixels of {h.path.name} cannot be decoded ({type(e).__name__})',
+                               'UNREADABLE') from e
     return (a[h.frame] if a.ndim == 3 else a).astype(np.float32)
 
 def check_rescale(
@@ -166,22 +218,38 @@ def check_rescale(
         (s,b), (t,c), a, o = _rescale(headers[i]), _rescale(headers[i-1]), _stored(headers[i]), _stored(headers[i-1])
         own, shared = (float(abs(np.median(v - (o*t+c)))) for v in (a*s+b, a*t+c))
         if own <= shared or float(np.abs(a*(s-t)+(b-c)).max()) < .5: continue
-        k = 'RescaleIntercept' if s == t else 'RescaleSlope'
-        _refuse(f'VARIES_{k}', f'slope and intercept are {t:g}, {c:g} in {_place(headers, i-1)} and {s:g}, {b:g} in {_place(headers, i)}, '
-                f'but the stored values do not follow: the slices differ by {own:.0f} HU, with one rescale by {shared:.0f} HU')
+        last, this = (f'{x:g}, {y:g} in {_place(headers, j)}' for x,y,j in ((t, c, i-1), (s, b, i)))
+        _refuse('VARIES_RescaleIntercept' if s == t else 'VARIES_RescaleSlope',
+                f'slope and intercept are {last} and {this}, but the stored values do not follow: the slices differ by '
+                f'{own:.0f} HU, with one rescale by {shared:.0f} HU')
     text = f'slope or intercept change {len(pairs)} times between neighbouring slices; the stored values follow'
     return (Finding('RESCALE_PER_SLICE', text),) if pairs else ()
 
-# %% ../../nbs/08a_io.faults.ipynb #87b35140
+def check_inverted(
+    headers, # of one series, sorted
+) -> tuple: # of Finding
+    "Refuse `MONOCHROME1` slices whose stored values are inverted too"
+    if headers[0].get('PhotometricInterpretation') != 'MONOCHROME1': return ()
+    i = len(headers)//2
+    (s,b), a = _rescale(headers[i]), _stored(headers[i])
+    bright = float((a*s+b > 500).mean())
+    if bright > .1:
+        text = f'MONOCHROME1, and {bright:.0%} of {_place(headers, i)} is above 500 HU: the stored values are inverted'
+        _refuse('PHOTOMETRIC', text, 'export the series as MONOCHROME2')
+    return (Finding('PHOTOMETRIC', 'MONOCHROME1: shown inverted; the stored values are not, and are taken as they are'),
+            )
+
+# %% ../../nbs/08a_io.faults.ipynb #c58f0059
 def _check_plane(headers):
     "Refuse positions, orientation or spacing that are absent, out of range or different; their common normal and tilt"
-    for k,n,tol in (('ImagePositionPatient', 3, np.inf), ('ImageOrientationPatient', 6, 1e-3), ('PixelSpacing', 2, 1e-4)):
+    for k,n,tol in (('ImagePositionPatient', 3, np.inf), ('ImageOrientationPatient', 6, 1e-3),
+                    ('PixelSpacing', 2, 1e-4)):
         _same_numbers(headers, k, n, tol)
     _range(headers, 'ImagePositionPatient', 3, -1e4, 1e4, 'POSITION_RANGE')
     _range(headers, 'PixelSpacing', 2, *SPACING_MM, 'SPACING_RANGE')
     v = np.array(headers[0].numbers('ImageOrientationPatient', 6)).reshape(2, 3)
     if not np.allclose(v @ v.T, np.eye(2), atol=5e-3):
-        _refuse('ORIENTATION', f'row and column directions must be perpendicular unit vectors, found {v.round(4).tolist()}')
+        _refuse('ORIENTATION', f'row and column must be perpendicular unit vectors, found {v.round(4).tolist()}')
     n = np.cross(*v)
     if abs(n[2]) < math.cos(math.radians(45)):
         _refuse('REFORMAT', f'the slice normal is {n.round(2).tolist()} (LPS): not axial', 'choose the axial series')
@@ -191,41 +259,50 @@ def _check_tilt(headers, positions, n):
     "Refuse slices that are stacked aslant, or shifted in their plane"
     steps = np.diff(positions, axis=0)
     aside = np.linalg.norm(steps - np.outer(steps @ n, n), axis=1)
-    angle = np.degrees(np.arctan2(aside, np.maximum(steps @ n, 1e-6)))
-    tag = headers[0].numbers('GantryDetectorTilt')
-    if len(steps) and np.median(angle) > TILT_DEG: tilt = f'the slices are stacked at {np.median(angle):.1f} degrees to their normal'
-    elif tag and abs(tag[0]) > TILT_DEG: tilt = f'GantryDetectorTilt is {tag[0]:.1f} degrees'
-    elif (angle > TILT_DEG).any():
+    angle = np.degrees(np.arctan2(aside, np.maximum(steps @ n, .01)))
+    tag, most = headers[0].numbers('GantryDetectorTilt'), float(np.median(angle))
+    if most <= TILT_DEG and (angle > TILT_DEG).any():
         i = int(np.argmax(angle > TILT_DEG))
         _refuse('SHIFTED', f'{_place(headers, i+1)} is {aside[i]:.1f} mm beside the line of its neighbours')
+    if most > TILT_DEG: say = f'the slices are stacked at {most:.1f} degrees to their normal'
+    elif tag and not abs(tag[0]) <= TILT_DEG: say = f'GantryDetectorTilt is {tag[0]:.1f} degrees'
     else: return
-    _refuse('GANTRY_TILT', f'{tilt}, at most {TILT_DEG:g} is read', 'reconstruct without tilt (resampling tilted series is not offered yet)')
+    _refuse('GANTRY_TILT', f'{say}, at most {TILT_DEG:g} is read',
+            'reconstruct without tilt; tilted series are not resampled yet')
+
+def _check_twice(headers, gaps, step):
+    "Refuse slices at one position: copies, phases or a second reconstruction"
+    twice = np.flatnonzero(gaps <= max(.01, GAP_TOLERANCE*step))
+    if not len(twice): return
+    places = len(headers) - len(twice)
+    runs = np.diff(np.r_[-1, np.flatnonzero(gaps > max(.01, GAP_TOLERANCE*step)), len(gaps)])
+    a, b = headers[twice[0]], headers[twice[0]+1]
+    same = a.path != b.path and a.get('SOPInstanceUID') == b.get('SOPInstanceUID')
+    if places > 1 and len(set(runs)) == 1 and not same:
+        text = f'{len(headers)} slices at {places} positions: {runs[0]} phases or reconstructions in one series'
+        _refuse('MULTIPLE_PHASES', text, 'export one phase as its own series')
+    i, which = int(twice[0]), ' (the same image twice)' if same else ''
+    _refuse('DUPLICATE_POSITION', f'{_place(headers, i)} and {_place(headers, i+1)} are at one position{which}; '
+            f'{len(twice)} such pairs', 'remove the copies, or export one reconstruction')
 
 def _check_gaps(headers, z):
-    "Refuse slices at one position and gaps that are not regular"
+    "Refuse slices at one position and gaps that are not regular; the gap of the others"
     gaps = np.diff(z)
-    wide = gaps[gaps > max(.01, GAP_TOLERANCE*gaps.max(initial=0))]
-    step = float(np.median(wide)) if len(wide) else 0.
-    twice = np.flatnonzero(gaps <= max(.01, GAP_TOLERANCE*step))
-    if len(twice):
-        i, places = int(twice[0]), len(headers) - len(twice)
-        same = headers[i].get('SOPInstanceUID') == headers[i+1].get('SOPInstanceUID')
-        if places > 1 and len(headers) % places == 0 and not same and (np.diff(np.flatnonzero(gaps > step/2)) == len(headers)//places).all():
-            _refuse('MULTIPLE_PHASES', f'{len(headers)} slices at {places} positions: {len(headers)//places} phases or '
-                    'reconstructions in one series', 'export one phase as its own series')
-        _refuse('DUPLICATE_POSITION', f'{_place(headers, i)} and {_place(headers, i+1)} are at the same position'
-                + (' (the same image twice)' if same else '') + f'; {len(twice)} such pairs', 'remove the copies, or export one reconstruction')
-    if len(gaps) and not GAP_MM[0] <= step <= GAP_MM[1]: _refuse('GAP_RANGE', f'slices must be {GAP_MM[0]}..{GAP_MM[1]:g} mm apart, found {step:g}')
+    step = float(np.median(gaps[gaps > .01])) if (gaps > .01).any() else 0.
+    _check_twice(headers, gaps, step)
+    if not GAP_MM[0] <= step <= GAP_MM[1]:
+        _refuse('GAP_RANGE', f'slices must be {GAP_MM[0]}..{GAP_MM[1]:g} mm apart, found {step:g}')
     off = np.flatnonzero(np.abs(gaps-step) > GAP_TOLERANCE*step)
-    if len(off):
-        i = int(off[np.argmax(np.abs(gaps[off]-step))])
-        where = f'between {_place(headers, i)} and {_place(headers, i+1)}'
-        k = np.round(gaps[off]/step)
-        if (k >= 2).all() and (np.abs(gaps[off]-k*step) < .1*step).all():
-            _refuse('MISSING_SLICE', f'{int((k-1).sum())} slices are missing: slices are {step:.2f} mm apart, but {gaps[i]:.2f} mm {where}')
-        _refuse('UNEVEN_SPACING', f'gaps are {gaps.min():.2f}..{gaps.max():.2f} mm with a median of {step:.2f}; the farthest off is '
-                f'{gaps[i]:.2f} mm {where}', 'export a series with one slice distance')
-    return step
+    if not len(off): return step
+    i, k = int(off[np.argmax(np.abs(gaps[off]-step))]), np.round(gaps[off]/step)
+    where = f'{gaps[i]:.2f} mm between {_place(headers, i)} and {_place(headers, i+1)}'
+    if (k >= 2).all() and (np.abs(gaps[off]-k*step) < .1*step).all():
+        n = int((k-1).sum())
+        say = 'slice is' if n == 1 else 'slices are'
+        _refuse('MISSING_SLICE', f'{n} {say} missing: slices are {step:.2f} mm apart, but {where}',
+                'export the whole series')
+    _refuse('UNEVEN_SPACING', f'gaps are {gaps.min():.2f}..{gaps.max():.2f} mm with a median of {step:.2f}; the '
+            f'farthest off is {where}', 'export a series with one slice distance')
 
 def check_grid(
     headers, # of one series, sorted
@@ -234,45 +311,57 @@ def check_grid(
     "Affine of a regular stack of slices, or the refusal of another one"
     n = _check_plane(headers)
     p = np.array([h.numbers('ImagePositionPatient', 3) for h in headers])
-    if len(p) > 1: step = _check_gaps(headers, p @ n); _check_tilt(headers, p, n)
-    if len(p) < fewest: _refuse('TOO_FEW_SLICES', f'at least {fewest} slices are needed, found {len(p)}', 'give the whole series')
+    if len(p) > 1:
+        _check_tilt(headers, p, n)
+        step = _check_gaps(headers, p @ n)
+    if len(p) < fewest:
+        _refuse('TOO_FEW_SLICES', f'at least {fewest} slices are needed, found {len(p)}', 'give the whole series')
     if len(p) == 1:
         _same_numbers(headers, 'SliceThickness', 1, np.inf)
         _range(headers, 'SliceThickness', 1, *GAP_MM, 'GAP_RANGE')
         step = headers[0].numbers('SliceThickness')[0]
-    v, s = np.array(headers[0].numbers('ImageOrientationPatient', 6)).reshape(2, 3), headers[0].numbers('PixelSpacing', 2)
+    v, s = np.array(headers[0].numbers('ImageOrientationPatient', 6)).reshape(2, 3), headers[0].numbers('PixelSpacing',
+                                                                                                        2)
     A = np.eye(4)
     A[:3,0] = (p[-1]-p[0])/(len(p)-1) if len(p) > 1 else n*step
     A[:3,1], A[:3,2], A[:3,3] = v[1]*s[0], v[0]*s[1], p[0]
     return A
 
-# %% ../../nbs/08a_io.faults.ipynb #d773155a
+# %% ../../nbs/08a_io.faults.ipynb #6a783e5c
 def _numbering(headers):
-    "Findings about instance numbers: they do not order the stack, but a number that is absent may be a slice that is absent"
-    have = sorted({int(v) for h in headers if isinstance(v := h.get('InstanceNumber'), int)})
-    missing = [(a, b) for a,b in zip(have, have[1:]) if b != a+1]
-    if len(have) == len(headers) and missing:
-        a, b = missing[0]
-        yield Finding('INSTANCE_JUMP', f'instance numbers jump {len(missing)} times, first from {a} to {b}; the positions are regular')
+    "Findings about instance numbers: they do not order the stack, but an absent number may be an absent slice"
+    have = sorted({v for h in headers if isinstance(v := h.get('InstanceNumber'), int)})
+    jumps = [(a, b) for a,b in zip(have, have[1:]) if b != a+1]
+    if len(have) == len(headers) and jumps:
+        first = f'first from {jumps[0][0]} to {jumps[0][1]}'
+        yield Finding('INSTANCE_JUMP', f'instance numbers jump {len(jumps)} times, {first}; the positions are regular')
     said = headers[0].get('ImagesInAcquisition')
-    if isinstance(said, int) and said > len(headers) and have:
-        yield Finding('FEWER_THAN_SAID', f'the header speaks of {said} images in the acquisition, {len(headers)} are here')
+    if isinstance(said, int) and said > len(headers):
+        yield Finding('FEWER_THAN_SAID',
+                      f'the header speaks of {said} images in the acquisition, {len(headers)} are here')
+
+def _thickness(h, step):
+    "Findings about slices thicker or thinner than their distance"
+    v = h.numbers('SliceThickness')
+    if v is None: yield Finding('NO_THICKNESS', 'SliceThickness is absent')
+    elif v[0] > step*(1+GAP_TOLERANCE): yield Finding('OVERLAP', f'slices are {v[0]:g} mm thick every {step:.4g} mm')
+    elif v[0] < step*(1-GAP_TOLERANCE):
+        yield Finding('GAPS', f'slices are {v[0]:g} mm thick every {step:.4g} mm: tissue between them is not seen')
 
 def remarks(
     headers, # of one accepted series, sorted
     step:float, # mm, distance between slices
 ) -> tuple: # of Finding
     "What does not stop the reading, but should be known"
-    h, out, one = headers[0], list(_numbering(headers)), lambda k: h.numbers(k)[0] if h.numbers(k) else None
-    thick = one('SliceThickness')
-    if thick is None: out.append(Finding('NO_THICKNESS', 'SliceThickness is absent'))
-    elif thick > step*(1+GAP_TOLERANCE): out.append(Finding('OVERLAP', f'slices are {thick:g} mm thick every {step:.4g} mm'))
-    elif thick < step*(1-GAP_TOLERANCE): out.append(Finding('GAPS', f'slices are {thick:g} mm thick every {step:.4g} mm: tissue between is not seen'))
-    if h.get('PhotometricInterpretation') == 'MONOCHROME1':
-        out.append(Finding('PHOTOMETRIC', 'MONOCHROME1: shown inverted, the stored values are taken as they are'))
-    if h.get('LossyImageCompression') == '01' or h.syntax[-2:] in ('50', '51', '81', '91'):
-        out.append(Finding('LOSSY', f'the pixels were compressed with loss, ratio {one("LossyImageCompressionRatio") or "unknown"}'))
-    if 'DERIVED' in _many(h.get('ImageType')): out.append(Finding('DERIVED', f'ImageType is {"/".join(_many(h.get("ImageType")))}'))
+    h, out = headers[0], [*_numbering(headers), *_thickness(headers[0], step)]
+    if h.get('LossyImageCompression') == '01' or h.syntax.endswith(('.4.50', '.4.51', '.4.81', '.4.91')):
+        ratio = h.numbers('LossyImageCompressionRatio')
+        out.append(Finding('LOSSY', 'the pixels were compressed with loss'
+                           + (f', {ratio[0]:g} times' if ratio else '')))
+    if 'DERIVED' in _words(h):
+        out.append(Finding('DERIVED', 'ImageType says DERIVED: the pixels were processed after reconstruction'))
+    if not h.get('SOPClassUID'): out.append(Finding('NO_SOP_CLASS', 'SOPClassUID is absent'))
     odd = Counter(o.remark for o in headers if o.remark)
-    if odd: out.append(Finding('PREAMBLE', f'the preamble of {odd.total()} files is that of {next(iter(odd))}; nothing of it is run'))
+    if odd: out.append(Finding('PREAMBLE',
+                               f'the preamble of {odd.total()} files is that of {next(iter(odd))}; none of it is run'))
     return tuple(out)

@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'TAGS', 'DEFLATED', 'SYNTAXES', 'ENHANCED', 'Limits', 'Header', 'open_regular', 'check_pixels',
            'read_dataset', 'read_header']
 
-# %% ../../nbs/07_io.header.ipynb #a177d802
+# %% ../../nbs/07_io.header.ipynb #5a475c7d
 import hashlib, io, os, re, stat, struct, warnings, zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..errors import *
 
-# %% ../../nbs/07_io.header.ipynb #bc843edb
+# %% ../../nbs/07_io.header.ipynb #45b2bae0
 @dataclass(frozen=True)
 class Limits:
     "What a file, a folder or an archive may claim before it is refused"
@@ -34,7 +34,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../../nbs/07_io.header.ipynb #92dfea18
+# %% ../../nbs/07_io.header.ipynb #af9d0b8b
 _KEEP = '''
 00020002 UI MediaStorageSOPClassUID | 00020010 UI TransferSyntaxUID | 00080005 CS SpecificCharacterSet
 00080008 CS ImageType | 00089007 CS FrameType | 00080016 UI SOPClassUID
@@ -67,7 +67,7 @@ _NAMES = {'': 'Implicit VR Little Endian', '.1': 'Explicit VR Little Endian', '.
 SYNTAXES = {'1.2.840.10008.1.2'+k: v for k,v in _NAMES.items()} # transfer syntax UID -> name, those that may be read
 ENHANCED = {'1.2.840.10008.5.1.4.1.1.2.1', '1.2.840.10008.5.1.4.1.1.2.2'} # Enhanced CT, Legacy Converted Enhanced CT
 
-# %% ../../nbs/07_io.header.ipynb #0c596861
+# %% ../../nbs/07_io.header.ipynb #079aa10e
 @lru_cache(maxsize=16384)
 def _value(vr, raw, codec, signed):
     "Bytes of one attribute -> str, int, float, or a tuple of them"
@@ -130,7 +130,7 @@ class Header(NamedTuple):
         size = f'{self.get("Rows")} x {self.get("Columns")} pixels' if self.offset >= 0 else 'no pixels'
         return f'Header {self.get("Modality")} {SYNTAXES.get(self.syntax, self.syntax)}, {size}, read by {self.how}'
 
-# %% ../../nbs/07_io.header.ipynb #ca15302e
+# %% ../../nbs/07_io.header.ipynb #819cce96
 _VR = lambda names: frozenset(struct.unpack('<H', o.encode())[0] for o in names.split())
 _SHORT = _VR('AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US') # 16-bit length
 _LONG = _VR('OB OD OF OL OV OW SQ SV UC UN UR UT UV') # 32-bit length
@@ -210,7 +210,7 @@ def _meta(b, raw):
         if keep: raw[keep[0]] = b[at:pos]
     return ('' if pos+12 <= len(b) else 'more'), pos
 
-# %% ../../nbs/07_io.header.ipynb #c95f746e
+# %% ../../nbs/07_io.header.ipynb #c83f7d56
 def _bad(path, text, code='UNREADABLE', fix='export it again', kind=DicomSeriesError): # a refusal about one file
     return kind(f'{Path(path).name} {text}', code, fix)
 
@@ -227,7 +227,7 @@ def open_regular(
     os.close(fd)
     raise _bad(path, 'is not a regular file', fix='give files and folders')
 
-# %% ../../nbs/07_io.header.ipynb #3088780d
+# %% ../../nbs/07_io.header.ipynb #05a5d298
 def check_pixels(
     get, # (keyword, default) -> value: the `get` of a `Header` or of a pydicom dataset
     name:str, # what a refusal calls the file
@@ -243,7 +243,9 @@ def check_pixels(
         gib = LIMITS.decoded_bytes >> 30
         raise LimitError(f'{name}: {n/2**30:.1f} GiB of pixels, at most {gib} are read', 'LIMIT_BYTES')
 
-# %% ../../nbs/07_io.header.ipynb #ebe2253d
+# %% ../../nbs/07_io.header.ipynb #7deb874d
+def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').strip(' \0')
+
 def _inflate(f, path):
     "The deflated file `f` as an explicit one in memory, refused beyond the ratio of `LIMITS`"
     b, raw = f.read(), {}
@@ -267,7 +269,7 @@ def _dataset(path, pixels=False):
         magic, raw = f.read(16384), {}
         f.seek(0)
         if magic[128:132] == b'DICM': _meta(magic, raw)
-        packed = raw.get('TransferSyntaxUID', b'').rstrip(b'\0 ') == DEFLATED.encode()
+        packed = _uid(raw, 'TransferSyntaxUID') == DEFLATED
         try:
             src = _inflate(f, path) if packed else f
             ds = dcmread(src, stop_before_pixels=not pixels, force=True)
@@ -275,7 +277,10 @@ def _dataset(path, pixels=False):
             return ds, None if pixels else (src.tell(), src.read(16), len(src.getvalue()) if packed else 0)
         except JfrError: raise
         except (RecursionError, MemoryError) as e: raise _too_deep(path) from e
-        except Exception as e: raise _bad(path, f'cannot be read as DICOM ({type(e).__name__})') from e
+        except Exception as e:
+            if (uid := _uid(raw, 'TransferSyntaxUID')) and uid not in SYNTAXES:
+                raise _bad(path, f'has the transfer syntax {uid}, which is not read', 'UNSUPPORTED_SYNTAX') from e
+            raise _bad(path, f'cannot be read as DICOM ({type(e).__name__})') from e
 
 def read_dataset(
     path, # a DICOM file
@@ -284,7 +289,7 @@ def read_dataset(
     "Read a file with pydicom inside `LIMITS`, turning all it may raise into a `DicomSeriesError`"
     return _dataset(Path(path), pixels)[0]
 
-# %% ../../nbs/07_io.header.ipynb #7dceeb4e
+# %% ../../nbs/07_io.header.ipynb #ca09ab54
 _CODECS = {b'': 'latin-1', b'ISO_IR 6': 'latin-1', b'ISO_IR 100': 'latin-1', b'ISO_IR 192': 'utf-8'} # others: pydicom
 _TEXTS = [k for k,(_,vr) in TAGS.items() if vr in ('LO', 'SH')]
 _KEY = os.urandom(16) # of this process: patients are compared, never known
@@ -294,7 +299,6 @@ def _patient(raw, codec):
     who = [raw.pop(k, b'').decode(codec, 'replace').strip(' ^\0') for k in ('PatientName', 'PatientID')]
     return hashlib.blake2b('\0'.join(who).encode(), digest_size=8, key=_KEY).digest()
 
-def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').strip(' \0')
 
 def _encode(value, vr):
     "A pydicom value as the bytes of an explicit little endian file with utf-8 texts"
@@ -337,7 +341,7 @@ def _by_pydicom(path, size, remark):
     if unpacked and at > 0: remark, at = ('CUT' if at+n > unpacked else remark), 0
     return Header(path, size, syntax, 'pydicom', raw, 'utf-8', _patient(raw, 'utf-8'), at, n, (), remark, frames)
 
-# %% ../../nbs/07_io.header.ipynb #3c09b61e
+# %% ../../nbs/07_io.header.ipynb #7d0570d2
 _PROGRAMS = {b'MZ': 'a Windows program', b'\x7fELF': 'a Linux program', b'#!': 'a script',
              b'\xca\xfe\xba\xbe': 'a Mac program', b'\xcf\xfa\xed\xfe': 'a Mac program'}
 _STARTS = (b'\x02\0', b'\x08\0', b'\0\x02', b'\0\x08') # groups 2 and 8, little and big endian

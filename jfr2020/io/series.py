@@ -6,7 +6,8 @@
 __all__ = ['SeriesFacts', 'contrast_hint', 'series_facts', 'DicomSeries', 'check_series', 'SeriesEntry', 'find_series',
            'series_table', 'choose_series']
 
-# %% ../../nbs/09_io.series.ipynb #ae7ee9ad
+# %% ../../nbs/09_io.series.ipynb #0d1ecf72
+import hashlib, re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +20,14 @@ from .header import *
 from .files import *
 from .faults import *
 
-# %% ../../nbs/09_io.series.ipynb #99280b3f
+# %% ../../nbs/09_io.series.ipynb #14c7287d
 @dataclass(frozen=True)
 class SeriesFacts:
     "What the headers say of one series; None or '' where they say nothing"
     uid:str = '' # SeriesInstanceUID
     study_uid:str = '' # StudyInstanceUID
     number:int = None # series number
-    modality:str = ''
+    modality:str = '' # CT, MR, SR, ...
     description:str = '' # of the series
     protocol:str = '' # name of the scan protocol
     slices:int = 0 # images
@@ -40,16 +41,15 @@ class SeriesFacts:
     filter:str = '' # X-ray filter
     image_type:tuple = () # values of ImageType
     body_part:str = '' # as the scanner says
-    manufacturer:str = ''
-    model:str = '' # of the scanner
+    manufacturer:str = '' # of the scanner
+    model:str = '' # name of the scanner
     contrast:str = '' # what hints at contrast medium
     syntax:str = '' # name of the transfer syntax
     scan_options:tuple = () # as the scanner says
     position:str = '' # PatientPosition, HFS for head first and supine
 
-_WORDS = ('contrast', 'enhanced', 'angio', 'cta', 'ccta', 'injec', 'iodine', 'iode', 'venous', 'arterial', 'portal', 'c+')
-_WITHOUT = ('no contrast', 'non contrast', 'non-contrast', 'noncontrast', 'without contrast', 'unenhanced', 'non enhanced', 'w/o',
-            'sans inj', 'sans contrast', 'non inj', 'c-')
+_WITH = re.compile(r'\b(c?cta|angio\w*|contrast\w*|enhanced|iod\w+|inject?\w*|inj|venous|arterial|portal\w*)\b|\bc\+')
+_WITHOUT = re.compile(r'\b(no|non|without|w/?o|sans|un)[\s_-]*(contrast|enhanced|inj|iv\b)|unenhanced|\bc-')
 
 def contrast_hint(
     agent, # ContrastBolusAgent, text or None
@@ -59,9 +59,8 @@ def contrast_hint(
     "What in the header speaks for a contrast medium"
     if agent and str(agent).strip().lower() not in ('none', 'no', 'non', 'without', '0'): return f'agent {agent}'
     if volume: return f'{volume:g} ml'
-    for t in (str(t).lower() for t in texts if t):
-        if any(w in t for w in _WITHOUT): continue
-        if hit := next((w for w in _WORDS if w in t), None): return f'description says {hit}'
+    for t in (str(t).lower().replace('_', ' ') for t in texts if t):
+        if not _WITHOUT.search(t) and (hit := _WITH.search(t)): return f'description says {hit[0]}'
     return ''
 
 def series_facts(
@@ -69,17 +68,23 @@ def series_facts(
 ) -> SeriesFacts:
     "The facts of a series, taken from its first slice"
     h = headers[0]
-    text = lambda k: '/'.join(map(str, v)) if isinstance(v := h.get(k, ''), tuple) else str(v)
     many = lambda k: tuple(map(str, v)) if isinstance(v := h.get(k, ()), tuple) else (str(v),)
-    one = lambda k: h.numbers(k)[0] if h.numbers(k) else None
-    whole = lambda k: int(one(k)) if one(k) is not None and one(k) == one(k) else None
-    return SeriesFacts(text('SeriesInstanceUID'), text('StudyInstanceUID'), whole('SeriesNumber'), text('Modality'), text('SeriesDescription'),
-        text('ProtocolName'), len(headers), whole('Rows'), whole('Columns'), h.numbers('PixelSpacing', 2), None, one('SliceThickness'), one('KVP'),
-        text('ConvolutionKernel'), text('FilterType'), many('ImageType'), text('BodyPartExamined'), text('Manufacturer'),
-        text('ManufacturerModelName'), contrast_hint(h.get('ContrastBolusAgent'), one('ContrastBolusVolume'), text('SeriesDescription'),
-        text('ProtocolName')), SYNTAXES.get(h.syntax, h.syntax), many('ScanOptions'), text('PatientPosition'))
+    text = lambda k: '/'.join(many(k))
+    one = lambda k: v[0] if (v := h.numbers(k)) and np.isfinite(v[0]) else None
+    whole = lambda k: None if one(k) is None else int(one(k))
+    contrast = contrast_hint(h.get('ContrastBolusAgent'), one('ContrastBolusVolume'), text('SeriesDescription'),
+                             text('ProtocolName'))
+    return SeriesFacts(
+        uid=text('SeriesInstanceUID'), study_uid=text('StudyInstanceUID'), number=whole('SeriesNumber'),
+        modality=text('Modality'),
+        description=text('SeriesDescription'), protocol=text('ProtocolName'), slices=len(headers), rows=whole('Rows'),
+        columns=whole('Columns'), pixel_mm=h.numbers('PixelSpacing',
+                                                     2), thickness_mm=one('SliceThickness'), kvp=one('KVP'),
+        kernel=text('ConvolutionKernel'), filter=text('FilterType'), image_type=many('ImageType'), contrast=contrast,
+        body_part=text('BodyPartExamined'), manufacturer=text('Manufacturer'), model=text('ManufacturerModelName'),
+        syntax=SYNTAXES.get(h.syntax, h.syntax), scan_options=many('ScanOptions'), position=text('PatientPosition'))
 
-# %% ../../nbs/09_io.series.ipynb #78b7fdee
+# %% ../../nbs/09_io.series.ipynb #d56d548c
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
     "One regular stack of CT slices, checked, without its pixels"
@@ -96,26 +101,25 @@ class DicomSeries:
 
     def __repr__(self):
         f, said = self.facts, ', '.join(o.code for o in self.findings)
-        return (f'DicomSeries {self.uid}: {f.description!r}, {f.kvp or "?"} kVp, kernel {f.kernel or "?"}, {f.thickness_mm} mm slices, '
-                f'{self.geometry!r}' + (f', findings {said}' if said else ''))
+        what = f'{f.description!r}, {f.kvp or "?"} kVp, kernel {f.kernel or "?"}, {f.thickness_mm} mm thick'
+        return f'DicomSeries {self.uid}: {what}, {self.geometry!r}' + (f', findings {said}' if said else '')
 
 def check_series(
     headers, # of one series, one a file, in any order
     fewest:int=3, # slices needed
 ) -> DicomSeries:
     "The series as one regular stack, or the refusal that says what is wrong and where"
-    slices = sort_slices([o for h in headers for o in h.each_frame()])
-    check_kind(slices)
-    check_coding(slices)
-    check_hu(slices)
+    slices = sort_slices(headers)
+    for check in (check_kind, check_unmixed, check_coding, check_hu): check(slices)
     affine = check_grid(slices, fewest)
-    h, found = slices[0], check_rescale(slices)
+    h, found = slices[0], check_rescale(slices) + check_inverted(slices)
     geometry = Geometry((len(slices), int(h.get('Rows')), int(h.get('Columns'))), lps2ras(affine))
     facts, step = series_facts(slices), geometry.spacing[0]
-    return DicomSeries(facts.uid, tuple(dict.fromkeys(o.path for o in slices)), geometry, replace(facts, increment_mm=step),
-                       found + remarks(slices, step), tuple(slices))
+    files = tuple(dict.fromkeys(o.path for o in slices))
+    return DicomSeries(facts.uid, files, geometry, replace(facts, increment_mm=step), found + remarks(slices, step),
+                       tuple(slices))
 
-# %% ../../nbs/09_io.series.ipynb #a42b94f7
+# %% ../../nbs/09_io.series.ipynb #ee083ff8
 @dataclass(frozen=True, eq=False)
 class SeriesEntry:
     "One series found: ready (`series`) or refused (`refusal`)"
@@ -149,15 +153,28 @@ def _belongs(path, error, headers):
     beside = [h.path for h in headers if h.path.parent == path.parent]
     return bool(beside) and (path.stat().st_size >= 132 or path.suffix.lower() in {p.suffix.lower() for p in beside})
 
+def _named(headers):
+    "Headers without a SeriesInstanceUID, named after what they are: the files of one folder are taken as one series"
+    ids = sorted(b'|'.join(h.raw.get(k, b'') for k in ('SOPInstanceUID', 'ImagePositionPatient', 'InstanceNumber'))
+                 for h in headers)
+    uid = f'2.25.{int.from_bytes(hashlib.sha256(b"/".join(ids)).digest()[:15], "big")}'.encode()
+    return [h._replace(raw={**h.raw, 'SeriesInstanceUID': uid}) for h in headers]
+
 def _entry(headers, source, bad, fewest):
     "The entry of one group of headers"
+    unnamed = not headers[0].get('SeriesInstanceUID')
+    if unnamed: headers = _named(headers)
     facts = series_facts(sort_slices(headers))
     try:
-        if not facts.uid: raise DicomSeriesError(f'SeriesInstanceUID is absent in {headers[0].path.name}', 'MISSING_SeriesInstanceUID',
-                                                 'export the series with its full header')
-        if bad: raise DicomSeriesError(f'{bad[0][1].cause}; it may be one of the slices' + (f', with {len(bad)-1} more' if bad[1:] else ''),
-                                       bad[0][1].code, 'copy the file again, or take it out if it is no slice')
+        if bad and facts.modality == 'CT':
+            (_, e), more = bad[0], f', with {len(bad)-1} more' if bad[1:] else ''
+            raise DicomSeriesError(f'{e.cause}; it may be one of the slices{more}', e.code,
+                                   'copy it again, or take it out if it is none')
+        check_manifest([h.path for h in headers])
         s = check_series(headers, fewest)
+        if unnamed:
+            text = 'SeriesInstanceUID is absent: the files of one folder are one series, named by its content'
+            s = replace(s, findings=(Finding('NO_SERIES_UID', text), *s.findings))
         return SeriesEntry(facts.uid, source, s, None, s.facts)
     except DicomSeriesError as e: return SeriesEntry(facts.uid, source, None, e, facts)
 
@@ -173,7 +190,8 @@ def _of_input(source, progress, fewest, unpack):
     taken = {p for b in mine.values() for p,_ in b}
     lost = [(p, e) for p,e in bad if p not in taken and (p.stat().st_size >= 132 or n == 1)]
     out += [none(e) for _,e in lost]
-    return out or [none(DicomSeriesError(f'no DICOM file among {n} files', 'NO_DICOM', 'give the folder of a CT series'))]
+    return out or [none(DicomSeriesError(f'no DICOM file among {n} files', 'NO_DICOM',
+                                         'give the folder of a CT series'))]
 
 def find_series(
     inputs, # a folder, file or .zip, or several of them
@@ -185,7 +203,7 @@ def find_series(
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     return [e for i in inputs for e in _of_input(i, progress, fewest, unpack)]
 
-# %% ../../nbs/09_io.series.ipynb #009c4e62
+# %% ../../nbs/09_io.series.ipynb #fc83c305
 def series_table(
     entries, # of SeriesEntry
 ): # pandas DataFrame, one row a series
@@ -195,24 +213,24 @@ def series_table(
     for e in entries:
         f, g = e.facts, e.series.geometry if e.series else None
         mm = g.spacing if g else (None, *(f.pixel_mm or (None, None)))
-        rows.append(dict(uid=e.uid, description=f.description, slices=f.slices, spacing_mm=tuple(m and round(m, 3) for m in mm),
-                         thickness_mm=f.thickness_mm, kvp=f.kvp, kernel=f.kernel, modality=f.modality, contrast=f.contrast, syntax=f.syntax,
+        mm = tuple(m and round(m, 3) for m in mm)
+        rows.append(dict(uid=e.uid, description=f.description, slices=f.slices, spacing_mm=mm,
+                         thickness_mm=f.thickness_mm, kvp=f.kvp, kernel=f.kernel, modality=f.modality, contrast=f.contrast,
+                         syntax=f.syntax,
                          verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_io.series.ipynb #41447478
-_SHARP = ('bone', 'lung', 'edge', 'sharp', 'detail', 'chst', 'b5', 'b6', 'b7', 'b8', 'br5', 'br6', 'bl5', 'bl6', 'bv5', 'i5', 'i7', 'yc', 'fc5', 'fc8', 'hr')
+# %% ../../nbs/09_io.series.ipynb #750dab7c
+_SHARP = re.compile(r'bone|lung|edge|sharp|detail|chest|^[a-z]{1,2}[5-9]\d|^fc(3|5|8)\d|^y[a-d]$|^hr', re.I)
 
 def _rank(s):
     "Sorting key of a series, best first, and what speaks for it"
     f, step = s.facts, s.facts.increment_mm
-    thick = f.thickness_mm or step
-    sharp = f.kernel.lower().startswith(_SHARP)
+    thick, long, sharp = f.thickness_mm or step, step*len(s.headers), bool(_SHARP.search(f.kernel))
     far = round(max(abs(np.clip(v, 2.5, 3.) - v) for v in (step, thick)), 2)
-    cover = min(step*len(s.headers), 120.)
-    say = f'{"contrast: "+f.contrast if f.contrast else "no contrast named"}, {thick:g} mm slices every {step:.3g} mm, '\
-          f'kernel {f.kernel or "unknown"}{" (sharp)" if sharp else ""}, {f.kvp or "unknown"} kVp, {step*len(s.headers):.0f} mm long'
-    return (bool(f.contrast), far, sharp, abs((f.kvp or 0) - 120.), -round(cover)), say
+    say = (f'contrast: {f.contrast}' if f.contrast else 'no contrast named', f'{thick:g} mm slices every {step:.3g} mm',
+           f'kernel {f.kernel or "unknown"}' + ' (sharp)'*sharp, f'{f.kvp or "unknown"} kVp', f'{long:.0f} mm long')
+    return (bool(f.contrast), far, sharp, abs((f.kvp or 0) - 120.), -round(min(long, 120.))), ', '.join(say)
 
 def choose_series(
     entries, # of SeriesEntry, of one study
@@ -222,15 +240,20 @@ def choose_series(
     ready = [e for e in entries if e.series]
     if uid != 'auto':
         hit = [e for e in entries if e.uid == uid]
-        if not hit: raise DicomSeriesError(f'no series {uid} among {len(entries)}', 'NO_SERIES', 'choose one of the table')
+        if not hit: raise DicomSeriesError(f'no series {uid} among {len(entries)}', 'NO_SERIES',
+                                           'choose one of the table')
         if hit[0].refusal: raise hit[0].refusal
         return hit[0], 'asked for'
     if not ready:
-        codes = Counter(e.verdict for e in entries)
-        raise DicomSeriesError(f'none of {len(entries)} series can be read: ' + ', '.join(f'{n} x {c}' for c,n in codes.items()), 'NO_SERIES',
+        codes = ', '.join(f'{n} x {c}' for c,n in Counter(e.verdict for e in entries).items())
+        raise DicomSeriesError(f'none of {len(entries)} series can be read: {codes}', 'NO_SERIES',
                                'see the table of series')
-    ranked = sorted(ready, key=lambda e: _rank(e.series)[0])
-    if len(ranked) > 1 and _rank(ranked[0].series)[0] == _rank(ranked[1].series)[0]:
-        raise DicomSeriesError(f'{ranked[0].uid} and {ranked[1].uid} are equally good ({_rank(ranked[0].series)[1]})', 'AMBIGUOUS',
-                               'choose one by its UID')
-    return ranked[0], ('the only one ready: ' if len(ready) == 1 else f'best of {len(ready)} ready: ') + _rank(ranked[0].series)[1]
+    studies = {e.facts.study_uid for e in ready}
+    if len(studies) > 1: raise DicomSeriesError(f'the series are of {len(studies)} studies', 'AMBIGUOUS',
+                                                'choose one by its UID')
+    ranked = sorted(((*_rank(e.series), e) for e in ready), key=lambda o: o[0])
+    if len(ranked) > 1 and ranked[0][0] == ranked[1][0]:
+        raise DicomSeriesError(f'{ranked[0][2].uid} and {ranked[1][2].uid} are equally good ({ranked[0][1]})',
+                               'AMBIGUOUS', 'choose one by its UID')
+    many = 'the only one ready' if len(ready) == 1 else f'best of {len(ready)} ready'
+    return ranked[0][2], f'{many}: {ranked[0][1]}'
