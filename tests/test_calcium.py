@@ -1,6 +1,7 @@
 "The fast score equals the definition to the last digit; sums add up; what is dark never counts; classes have no hole."
-import math
+import csv, math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from jfr2020.geometry import Geometry
 from jfr2020.variants import GRANI, KVP_RANGE, RULES, thresholds
 from jfr2020.volume import CTVolume, MaskVolume, flip
 
+REAL = Path(__file__).resolve().parents[2]/'shared'/'data'
 MANY = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 LEVELS = np.array([-1024, 0, 100, 129, 129.5, 130, 130.5, 131, 199, 199.9, 200, 299, 300, 399, 400, 401, 3071])
 
@@ -236,3 +238,23 @@ def test_a_score_lies_in_its_interval(score, name):
 def test_cac_drs_refuses_what_cannot_be():
     for score,n in ((0, 1), (5, 0), (5, 5), (5, 1.5)):
         with pytest.raises(ConfigError): cac_drs(score, n)
+
+
+@pytest.mark.skipif(not (REAL/'calcium_slices.csv').exists(), reason='no real slices beside the repository')
+def test_real_plaques_have_the_area_and_peak_that_was_read():
+    "Components of real slices: centre, area and peak as listed beside them"
+    import pydicom
+    rows = list(csv.DictReader((REAL/'calcium_slices.csv').open()))
+    for name in {r['file'] for r in rows}:
+        ds = pydicom.dcmread(REAL/name)
+        hu = (ds.pixel_array*float(ds.RescaleSlope)+float(ds.RescaleIntercept)).astype(np.int16)[None]
+        g = Geometry.from_spacing(hu.shape, (float(ds.SliceThickness), *(float(p) for p in ds.PixelSpacing)))
+        ct, mask = CTVolume(hu, g), MaskVolume(np.ones(hu.shape, np.uint8), g)
+        lesions = calcium_score(ct, mask, replace(AGATSTON, min_area_mm2=0)).lesions
+        at = g.to_index([l.centre_mm for l in lesions])[:,1:]
+        assert agatston(ct, mask) == agatston_by_definition(ct, mask)
+        for r in (r for r in rows if r['file'] == name):
+            k = int(np.abs(at-[float(r['row']), float(r['col'])]).max(1).argmin())
+            assert np.abs(at[k]-[float(r['row']), float(r['col'])]).max() <= 3 # centre of mass or of the box
+            assert abs(lesions[k].volume_mm3/g.spacing[0] - float(r['area_mm2_ge130HU'])) <= .06
+            assert lesions[k].peak_hu == float(r['peak_HU'])
