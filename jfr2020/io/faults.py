@@ -6,7 +6,7 @@
 __all__ = ['GAP_TOLERANCE', 'TILT_DEG', 'SPACING_MM', 'GAP_MM', 'SLOPE', 'INTERCEPT', 'slice_normal', 'sort_slices', 'check_kind',
            'check_unmixed', 'check_coding', 'check_hu', 'check_rescale', 'check_inverted', 'check_grid', 'remarks']
 
-# %% ../../nbs/08a_io.faults.ipynb #29a5e787
+# %% ../../nbs/08a_io.faults.ipynb #ef42b485
 import math
 from collections import Counter
 
@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08a_io.faults.ipynb #20009aac
+# %% ../../nbs/08a_io.faults.ipynb #040bf9db
 GAP_TOLERANCE = .01 # of the median gap: slices farther off are not one regular stack
 TILT_DEG = 1. # degrees between the stacking direction and the slice normal, above: a tilted gantry
 SPACING_MM = .1, 2. # pixel spacing of a CT
@@ -29,7 +29,7 @@ _MAPS = {'PERFUSION', 'RCBF', 'RCBV', 'MTT', 'TTP', 'SUBTRACTION', 'DIVISION', '
 _SECONDARY = '1.2.840.10008.5.1.4.1.1.7' # Secondary Capture, plain and multi-frame
 _CT = {'1.2.840.10008.5.1.4.1.1.2'} | ENHANCED
 
-# %% ../../nbs/08a_io.faults.ipynb #5e3568ef
+# %% ../../nbs/08a_io.faults.ipynb #3b36d4e8
 def slice_normal(
     h:Header, # of one slice
 ) -> np.ndarray: # (3,) LPS unit vector, or None without a usable orientation
@@ -50,7 +50,7 @@ def sort_slices(
         return (0, float(np.dot(p, n))) if p is not None and np.isfinite(p).all() else (1, 0.)
     return sorted(headers, key=where)
 
-# %% ../../nbs/08a_io.faults.ipynb #cf84272f
+# %% ../../nbs/08a_io.faults.ipynb #b4e29a76
 def _place(headers, i):
     p = headers[i].numbers('ImagePositionPatient', 3)
     return f'slice {i} at z={p[2]:.2f} mm' if p else f'file {headers[i].path.name}'
@@ -92,7 +92,7 @@ def _range(headers, keyword, n, lo, hi, code):
                     'export the series with its original header')
         if len({o.raw[keyword] for o in headers}) == 1: return
 
-# %% ../../nbs/08a_io.faults.ipynb #8d17d18e
+# %% ../../nbs/08a_io.faults.ipynb #2ea18e0d
 def _words(h): # of ImageType, single words
     many = lambda v: v if isinstance(v, tuple) else () if v is None else (v,)
     return {o for k in ('ImageType', 'FrameType') for v in many(h.get(k)) for o in (v, *str(v).split())}
@@ -135,11 +135,13 @@ def check_unmixed(
     for k in ('StudyInstanceUID', 'FrameOfReferenceUID', 'ConvolutionKernel', 'KVP',
               'ContrastBolusAgent'): _same(headers, k)
 
-# %% ../../nbs/08a_io.faults.ipynb #8b40cead
+# %% ../../nbs/08a_io.faults.ipynb #c6fdb278
 def _check_file(headers, i):
     "Refuse a file whose pixels are absent, cut short or beyond the limits"
     h = headers[i]
     check_pixels(h.get, h.path.name)
+    if h.offset < 0 and any(o.offset >= 0 for o in headers):
+        _refuse('TRUNCATED', f'the file of {_place(headers, i)} ends before its pixels', 'copy the file again')
     if h.offset < 0:
         _refuse('NO_PIXELS', f'there are no pixels in {_place(headers, i)}',
                 'choose an image series, or copy the file again')
@@ -197,7 +199,7 @@ def check_hu(
     unit = str(headers[0].get('RescaleType', 'HU')).upper()
     if unit != 'HU' and not unit.startswith('HOUN'): _refuse('RESCALE_TYPE', f'RescaleType is {unit}, HU are scored')
 
-# %% ../../nbs/08a_io.faults.ipynb #ae3563ec
+# %% ../../nbs/08a_io.faults.ipynb #8933c33d
 def _rescale(h): return h.numbers('RescaleSlope')[0], h.numbers('RescaleIntercept')[0]
 
 def _stored(h):
@@ -239,7 +241,7 @@ def check_inverted(
     return (Finding('PHOTOMETRIC', 'MONOCHROME1: shown inverted; the stored values are not, and are taken as they are'),
             )
 
-# %% ../../nbs/08a_io.faults.ipynb #c58f0059
+# %% ../../nbs/08a_io.faults.ipynb #9d7870aa
 def _check_plane(headers):
     "Refuse positions, orientation or spacing that are absent, out of range or different; their common normal and tilt"
     for k,n,tol in (('ImagePositionPatient', 3, np.inf), ('ImageOrientationPatient', 6, 1e-3),
@@ -327,7 +329,7 @@ def check_grid(
     A[:3,1], A[:3,2], A[:3,3] = v[1]*s[0], v[0]*s[1], p[0]
     return A
 
-# %% ../../nbs/08a_io.faults.ipynb #6a783e5c
+# %% ../../nbs/08a_io.faults.ipynb #b553e8aa
 def _numbering(headers):
     "Findings about instance numbers: they do not order the stack, but an absent number may be an absent slice"
     have = sorted({v for h in headers if isinstance(v := h.get('InstanceNumber'), int)})

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['walk_files', 'unpack_zip', 'input_files', 'check_manifest']
 
-# %% ../../nbs/08_io.files.ipynb #477296cd
+# %% ../../nbs/08_io.files.ipynb #9e6ccf7b
 import hashlib, os, stat, tempfile, zipfile
 from pathlib import Path
 
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08_io.files.ipynb #bcaf78cd
+# %% ../../nbs/08_io.files.ipynb #920b608b
 def walk_files(
     root, # a folder, or one file
 ):
@@ -34,7 +34,7 @@ def walk_files(
                                                            'give a part of the tree')
             yield Path(e.path)
 
-# %% ../../nbs/08_io.files.ipynb #59dd8cbc
+# %% ../../nbs/08_io.files.ipynb #eeb872ed
 def _check_member(m, name):
     "Raise for a member of an archive that is not a plain file with a plain name and an honest size"
     kind, parts = stat.S_IFMT(m.external_attr >> 16), m.filename.replace('\\', '/').split('/')
@@ -75,7 +75,7 @@ def unpack_zip(
                                'copy it again') from e
     return out
 
-# %% ../../nbs/08_io.files.ipynb #469eaa06
+# %% ../../nbs/08_io.files.ipynb #4f111cac
 _KEPT = [] # temporary folders, removed when the program ends
 
 def input_files(
@@ -92,7 +92,7 @@ def input_files(
     if not source.exists(): raise DicomSeriesError(f'{source.name} does not exist', 'NOT_FOUND', 'check its name')
     return walk_files(source)
 
-# %% ../../nbs/08_io.files.ipynb #35a56e51
+# %% ../../nbs/08_io.files.ipynb #6d72200f
 def check_manifest(
     paths, # of one series
 ):
@@ -101,11 +101,13 @@ def check_manifest(
     for folder in sorted({p.parent for p in paths}):
         if not (folder/'manifest.sha256').is_file(): continue
         lines = (folder/'manifest.sha256').read_text(errors='replace')[:64 << 20].splitlines()
-        said = {n.strip(' *'): d.lower() for d,n in (l.split(None, 1) for l in lines if len(l.split(None, 1)) == 2)}
-        gone = [Path(n).name for n in said if not (folder/n).exists()]
+        pairs = (l.split(None, 1) for l in lines if len(l.split(None, 1)) == 2)
+        said = {n.strip(' *'): d.lower() for d,n in pairs if '/' not in n}
+        gone = [n for n in said if not (folder/n).exists()]
         if gone:
             text = f'{len(gone)} files of manifest.sha256 are absent, the first is {gone[0]}'
             raise DicomSeriesError(text, 'MISSING_FILE', 'copy the folder again')
         for p in (p for p in paths if p.parent == folder and p.name in said):
             if hashlib.sha256(p.read_bytes()).hexdigest() != said[p.name]:
-                raise DicomSeriesError(f'{p.name} is not the file that manifest.sha256 lists', 'CHECKSUM', 'copy it again')
+                text = f'{p.name} is not the file that manifest.sha256 lists'
+                raise DicomSeriesError(text, 'CHECKSUM', 'copy the folder again')

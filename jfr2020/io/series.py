@@ -6,7 +6,7 @@
 __all__ = ['SeriesFacts', 'contrast_hint', 'series_facts', 'DicomSeries', 'check_series', 'SeriesEntry', 'find_series',
            'series_table', 'choose_series']
 
-# %% ../../nbs/09_io.series.ipynb #0d1ecf72
+# %% ../../nbs/09_io.series.ipynb #a1bc7163
 import hashlib, re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .header import *
 from .files import *
 from .faults import *
 
-# %% ../../nbs/09_io.series.ipynb #14c7287d
+# %% ../../nbs/09_io.series.ipynb #c8ada42d
 @dataclass(frozen=True)
 class SeriesFacts:
     "What the headers say of one series; None or '' where they say nothing"
@@ -84,7 +84,7 @@ def series_facts(
         body_part=text('BodyPartExamined'), manufacturer=text('Manufacturer'), model=text('ManufacturerModelName'),
         syntax=SYNTAXES.get(h.syntax, h.syntax), scan_options=many('ScanOptions'), position=text('PatientPosition'))
 
-# %% ../../nbs/09_io.series.ipynb #d56d548c
+# %% ../../nbs/09_io.series.ipynb #367b11ee
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
     "One regular stack of CT slices, checked, without its pixels"
@@ -119,7 +119,7 @@ def check_series(
     return DicomSeries(facts.uid, files, geometry, replace(facts, increment_mm=step), found + remarks(slices, step),
                        tuple(slices))
 
-# %% ../../nbs/09_io.series.ipynb #ee083ff8
+# %% ../../nbs/09_io.series.ipynb #a2c00464
 @dataclass(frozen=True, eq=False)
 class SeriesEntry:
     "One series found: ready (`series`) or refused (`refusal`)"
@@ -203,7 +203,7 @@ def find_series(
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     return [e for i in inputs for e in _of_input(i, progress, fewest, unpack)]
 
-# %% ../../nbs/09_io.series.ipynb #fc83c305
+# %% ../../nbs/09_io.series.ipynb #bf20c7da
 def series_table(
     entries, # of SeriesEntry
 ): # pandas DataFrame, one row a series
@@ -214,13 +214,12 @@ def series_table(
         f, g = e.facts, e.series.geometry if e.series else None
         mm = g.spacing if g else (None, *(f.pixel_mm or (None, None)))
         mm = tuple(m and round(m, 3) for m in mm)
-        rows.append(dict(uid=e.uid, description=f.description, slices=f.slices, spacing_mm=mm,
-                         thickness_mm=f.thickness_mm, kvp=f.kvp, kernel=f.kernel, modality=f.modality, contrast=f.contrast,
-                         syntax=f.syntax,
-                         verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
+        rows.append(dict(uid=e.uid, description=f.description, slices=f.slices, spacing_mm=mm, kvp=f.kvp,
+                         thickness_mm=f.thickness_mm, kernel=f.kernel, modality=f.modality, contrast=f.contrast,
+                         syntax=f.syntax, verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_io.series.ipynb #750dab7c
+# %% ../../nbs/09_io.series.ipynb #07f25d02
 _SHARP = re.compile(r'bone|lung|edge|sharp|detail|chest|^[a-z]{1,2}[5-9]\d|^fc(3|5|8)\d|^y[a-d]$|^hr', re.I)
 
 def _rank(s):
