@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BELOW_RIGHT_MM', 'BELOW_LEFT_MM', 'CARINA_DOWN_MM', 'ABOVE_MM', 'CARINA_MM', 'INSIDE_MM', 'LEAST_MM', 'LUNG_CM2',
            'OPEN_MM', 'MIDDLE_MM', 'SIDE_MM', 'FRONT_MM', 'BACK_MM', 'SLICES', 'RIGHT_MM', 'LEFT_MM', 'DEEP_MM', 'SURE',
-           'HeartBox', 'find_heart']
+           'TRIM_MM', 'KEEP_MM', 'WHOLE_MM', 'LUNG_SHARE', 'AGREE', 'HeartBox', 'find_heart', 'SliceRange',
+           'trim_slices', 'lung_run']
 
-# %% ../nbs/21_heart.ipynb #085f4107
+# %% ../nbs/21_heart.ipynb #eff8da37
 from dataclasses import dataclass
 import numpy as np
 
@@ -16,7 +17,7 @@ from .geometry import *
 from .volume import *
 from .anatomy import *
 
-# %% ../nbs/21_heart.ipynb #c7b5c8b7
+# %% ../nbs/21_heart.ipynb #047fae37
 @dataclass(frozen=True, eq=False)
 class HeartBox:
     "Where the heart is on a scan's grid, how sure that is, and why"
@@ -54,7 +55,7 @@ class HeartBox:
         return (f'HeartBox {x:.0f} x {y:.0f} x {z:.0f} mm (left-right, front-back, up-down), '
                 f'confidence {self.confidence:.2f}: {self.reason}')
 
-# %% ../nbs/21_heart.ipynb #60d5f8c0
+# %% ../nbs/21_heart.ipynb #1a68e4d1
 def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: faces in coarse voxels; a voxel that is touched is in
     corners = np.array(np.meshgrid(*zip(lo, hi))).reshape(3,-1).T
     i = ct.geometry.to_index(anatomy.geometry.to_world(corners))
@@ -63,7 +64,7 @@ def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: faces in coarse vox
     w = ct.geometry.to_world(np.array(np.meshgrid(*zip(a, b))).reshape(3,-1).T-.5)
     return HeartBox(a, b, np.array([w.min(0), w.max(0)]), round(float(confidence), 2), reason)
 
-# %% ../nbs/21_heart.ipynb #a0edbf03
+# %% ../nbs/21_heart.ipynb #3d39408c
 BELOW_RIGHT_MM, BELOW_LEFT_MM = 38, 16 # bottom of the box below the base of the right and of the left lung
 CARINA_DOWN_MM = 5 # top of the box below the carina; cardiac protocols begin some 10 mm below it
 ABOVE_MM = 115 # top above the right base where no carina was found
@@ -95,7 +96,7 @@ def _levels(a): # bottom, top (coarse slices), the two bases, notes, confidence
         if base >= 1 and not CARINA_MM[0] <= high <= CARINA_MM[1]: top, sure = max(top, base+ABOVE_MM/dz), sure*.4
     return bottom, min(last, top), right, left, notes, sure
 
-# %% ../nbs/21_heart.ipynb #f508b750
+# %% ../nbs/21_heart.ipynb #7efedb5e
 OPEN_MM, MIDDLE_MM = 9, (30, 70) # opening of the mediastinum; where the heart is, right and left of the spine's column
 SIDE_MM, FRONT_MM, BACK_MM = 8, 6, 6 # margins at the sides, in front, and behind the vertebral front
 SLICES = .8 # share of the slices that decide; all chosen on real series
@@ -132,7 +133,7 @@ def _sides(a, bottom, top, right, left): # row and column limits (coarse, inclus
     back = max(back+BACK_MM/dy, front+DEEP_MM/dy)
     return front, back, r, l, [f'{(spine-r)*dx:.0f} mm right and {(l-spine)*dx:.0f} mm left of the spine'], sure
 
-# %% ../nbs/21_heart.ipynb #3a5350dd
+# %% ../nbs/21_heart.ipynb #e231cab2
 SURE = .5 # below this confidence the box takes the whole field
 
 def find_heart(
@@ -163,3 +164,54 @@ def _refuse_without_lungs(a):
     few = min(3, len(lung))
     if np.isnan(a.carina) and a.airway.data[:few].any() and lung[0].sum() > .6*lung.sum((1,2)).max():
         _no_heart('the windpipe leaves the lowest slice without having split')
+
+# %% ../nbs/21_heart.ipynb #768d0a17
+TRIM_MM, KEEP_MM, WHOLE_MM = 15, 120, 220 # margin at either end, least range kept, scans kept whole
+LUNG_SHARE, AGREE = .05, .6 # least share of lung in the body's area, least overlap of the two witnesses
+
+@dataclass(frozen=True)
+class SliceRange:
+    "Slices worth keeping, how sure that is, and why"
+    start:int # first slice kept
+    stop:int # slice after the last
+    confidence:float # 0..1
+    reason:str # one line with numbers
+
+    @property
+    def slice(self):
+        "To index a `Volume` with"
+        return slice(self.start, self.stop)
+
+def trim_slices(
+    ct:CTVolume, # an axial scan
+    anatomy:Anatomy=None, # of `ct`; found here when absent
+) -> SliceRange: # on the slices of `ct`; all of them when unsure
+    "The slices of `ct` that hold the heart, with a margin"
+    whole = lambda sure, why: SliceRange(0, ct.shape[0], sure, f'all {ct.shape[0]} slices kept: {why}')
+    height = ct.shape[0]*ct.spacing[0]
+    if height <= WHOLE_MM: return whole(1., f'{height:.0f} mm is no more than {WHOLE_MM} mm')
+    a = anatomy or find_anatomy(ct)
+    try: box = find_heart(ct, a)
+    except NotScoreable as e: return whole(0., e.cause)
+    lo, hi = a.geometry.to_index(box.corners_mm)[:,0]
+    first, last = lung_run(a)
+    agree = max(0, min(hi, last+.5)-max(lo, first-.5))/(hi-lo)
+    if box.confidence < SURE: return whole(box.confidence, f'heart uncertain, {box.reason}')
+    if agree < AGREE: return whole(.3, f'lungs and heart agree on {agree:.0%} of its height only, {AGREE:.0%} needed')
+    more = max(TRIM_MM, (KEEP_MM-(hi-lo)*a.geometry.spacing[0])/2)/ct.spacing[0]
+    start, stop = max(0, int(np.floor(box.start[0]-more))), min(ct.shape[0], int(np.ceil(box.stop[0]+more)))
+    why = f'{(stop-start)*ct.spacing[0]:.0f} of {height:.0f} mm kept; {box.reason}'
+    return SliceRange(start, stop, box.confidence, why)
+
+def lung_run(
+    a:Anatomy, # of a scan
+) -> tuple: # first and last coarse slice, (0,-1) where there is none
+    "Longest run of slices in which lung is a fair share of the body, after a median over five"
+    from scipy import ndimage as ndi
+    area = lambda m: (m.data > 0).sum((1,2))
+    has = area(a.lungs) > LUNG_SHARE*np.maximum(area(a.body), 1)
+    has = ndi.median_filter(has.astype(np.uint8), 5, mode='nearest')
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], has, [0]])))
+    if not len(edges): return 0, -1
+    k = np.argmax(edges[1::2]-edges[::2])
+    return int(edges[2*k]), int(edges[2*k+1]-1)
