@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'TAGS', 'DEFLATED', 'SYNTAXES', 'ENHANCED', 'Limits', 'Header', 'open_regular', 'check_pixels',
            'read_dataset', 'read_header']
 
-# %% ../../nbs/07_io.header.ipynb #5a475c7d
+# %% ../../nbs/07_io.header.ipynb #1da00b9b
 import hashlib, io, os, re, stat, struct, warnings, zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..errors import *
 
-# %% ../../nbs/07_io.header.ipynb #45b2bae0
+# %% ../../nbs/07_io.header.ipynb #1f16700e
 @dataclass(frozen=True)
 class Limits:
     "What a file, a folder or an archive may claim before it is refused"
@@ -34,7 +34,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../../nbs/07_io.header.ipynb #af9d0b8b
+# %% ../../nbs/07_io.header.ipynb #5c694b01
 _KEEP = '''
 00020002 UI MediaStorageSOPClassUID | 00020010 UI TransferSyntaxUID | 00080005 CS SpecificCharacterSet
 00080008 CS ImageType | 00089007 CS FrameType | 00080016 UI SOPClassUID
@@ -67,7 +67,7 @@ _NAMES = {'': 'Implicit VR Little Endian', '.1': 'Explicit VR Little Endian', '.
 SYNTAXES = {'1.2.840.10008.1.2'+k: v for k,v in _NAMES.items()} # transfer syntax UID -> name, those that may be read
 ENHANCED = {'1.2.840.10008.5.1.4.1.1.2.1', '1.2.840.10008.5.1.4.1.1.2.2'} # Enhanced CT, Legacy Converted Enhanced CT
 
-# %% ../../nbs/07_io.header.ipynb #079aa10e
+# %% ../../nbs/07_io.header.ipynb #81f16aaa
 @lru_cache(maxsize=16384)
 def _value(vr, raw, codec, signed):
     "Bytes of one attribute -> str, int, float, or a tuple of them"
@@ -110,7 +110,9 @@ class Header(NamedTuple):
         "Value of an attribute"
         raw = self.raw.get(keyword)
         if not raw or not raw.strip(b' \0') and TAGS[keyword][1] not in ('US', 'XS'): return default
-        return _value(TAGS[keyword][1], raw, self.codec, self.raw.get('PixelRepresentation') == b'\1\0')
+        vr = TAGS[keyword][1]
+        codec = self.codec if vr in ('LO', 'SH') else 'latin-1' # other types are ASCII by definition
+        return _value(vr, raw, codec, self.raw.get('PixelRepresentation') == b'\1\0')
 
     def numbers(self,
         keyword:str, # DICOM keyword of a numeric attribute
@@ -130,7 +132,7 @@ class Header(NamedTuple):
         size = f'{self.get("Rows")} x {self.get("Columns")} pixels' if self.offset >= 0 else 'no pixels'
         return f'Header {self.get("Modality")} {SYNTAXES.get(self.syntax, self.syntax)}, {size}, read by {self.how}'
 
-# %% ../../nbs/07_io.header.ipynb #819cce96
+# %% ../../nbs/07_io.header.ipynb #7635f50a
 _VR = lambda names: frozenset(struct.unpack('<H', o.encode())[0] for o in names.split())
 _SHORT = _VR('AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US') # 16-bit length
 _LONG = _VR('OB OD OF OL OV OW SQ SV UC UN UR UT UV') # 32-bit length
@@ -210,7 +212,7 @@ def _meta(b, raw):
         if keep: raw[keep[0]] = b[at:pos]
     return ('' if pos+12 <= len(b) else 'more'), pos
 
-# %% ../../nbs/07_io.header.ipynb #c83f7d56
+# %% ../../nbs/07_io.header.ipynb #448ae449
 def _bad(path, text, code='UNREADABLE', fix='export it again', kind=DicomSeriesError): # a refusal about one file
     return kind(f'{Path(path).name} {text}', code, fix)
 
@@ -227,7 +229,7 @@ def open_regular(
     os.close(fd)
     raise _bad(path, 'is not a regular file', fix='give files and folders')
 
-# %% ../../nbs/07_io.header.ipynb #05a5d298
+# %% ../../nbs/07_io.header.ipynb #30f0557f
 def check_pixels(
     get, # (keyword, default) -> value: the `get` of a `Header` or of a pydicom dataset
     name:str, # what a refusal calls the file
@@ -243,7 +245,7 @@ def check_pixels(
         gib = LIMITS.decoded_bytes >> 30
         raise LimitError(f'{name}: {n/2**30:.1f} GiB of pixels, at most {gib} are read', 'LIMIT_BYTES')
 
-# %% ../../nbs/07_io.header.ipynb #7deb874d
+# %% ../../nbs/07_io.header.ipynb #90bd7ee3
 def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').strip(' \0')
 
 def _inflate(f, path):
@@ -289,7 +291,7 @@ def read_dataset(
     "Read a file with pydicom inside `LIMITS`, turning all it may raise into a `DicomSeriesError`"
     return _dataset(Path(path), pixels)[0]
 
-# %% ../../nbs/07_io.header.ipynb #ca09ab54
+# %% ../../nbs/07_io.header.ipynb #53c72868
 _CODECS = {b'': 'latin-1', b'ISO_IR 6': 'latin-1', b'ISO_IR 100': 'latin-1', b'ISO_IR 192': 'utf-8'} # others: pydicom
 _TEXTS = [k for k,(_,vr) in TAGS.items() if vr in ('LO', 'SH')]
 _KEY = os.urandom(16) # of this process: patients are compared, never known
@@ -305,7 +307,8 @@ def _encode(value, vr):
     if isinstance(value, bytes): return value
     many = list(value) if vr != 'PN' and isinstance(value, (list, tuple)) or hasattr(value, 'append') else [value]
     if vr in ('US', 'XS'): return struct.pack(f'<{len(many)}H', *(int(v) & 0xFFFF for v in many))
-    return '\\'.join('' if v is None else str(v) for v in many).encode()
+    text = '\\'.join('' if v is None else str(v) for v in many)
+    return text.encode('utf-8' if vr in ('LO', 'SH', 'PN') else 'latin-1', 'replace')
 
 def _raw(*datasets):
     "The attributes of `TAGS` that are in any of `datasets`, as bytes"
@@ -313,8 +316,10 @@ def _raw(*datasets):
     for ds in datasets:
         for k,(tag,vr) in TAGS.items():
             if tag not in ds: continue
-            try: out[k] = _encode(ds[tag].value, vr)
-            except Exception: out[k] = ds.get_item(tag).value or b'' # a number that is none stays the text it was
+            e = ds.get_item(tag) # not yet converted: a number that is none stays the text it was
+            raw = isinstance(e.value, bytes) and vr in ('DS', 'IS', 'CS', 'UI') and e.VR in (None, vr, 'UN')
+            try: out[k] = e.value if raw else _encode(ds[tag].value, vr)
+            except Exception: out[k] = e.value if isinstance(e.value, bytes) else b''
     return out
 
 def _frames(ds):
@@ -341,7 +346,7 @@ def _by_pydicom(path, size, remark):
     if unpacked and at > 0: remark, at = ('CUT' if at+n > unpacked else remark), 0
     return Header(path, size, syntax, 'pydicom', raw, 'utf-8', _patient(raw, 'utf-8'), at, n, (), remark, frames)
 
-# %% ../../nbs/07_io.header.ipynb #7d0570d2
+# %% ../../nbs/07_io.header.ipynb #63fc38b0
 _PROGRAMS = {b'MZ': 'a Windows program', b'\x7fELF': 'a Linux program', b'#!': 'a script',
              b'\xca\xfe\xba\xbe': 'a Mac program', b'\xcf\xfa\xed\xfe': 'a Mac program'}
 _STARTS = (b'\x02\0', b'\x08\0', b'\0\x02', b'\0\x08') # groups 2 and 8, little and big endian
@@ -400,7 +405,7 @@ def read_header(
     try:
         b = os.read(fd, 16384)
         if b[128:132] == b'DICM': return _finish(fd, _plain(path, fd, b, size))
-        if size < 132 and not b.strip(b'\0'): raise _bad(path, f'is empty ({size} bytes)', fix='copy it again')
+        if size < 132 and not b[:128].strip(b'\0'): raise _bad(path, f'is empty ({size} bytes)', fix='copy it again')
         h = _by_pydicom(path, size, '') if b[:2] in _STARTS else None
         return _finish(fd, h) if h and (h.get('SOPClassUID') or h.get('Modality')) else None
     finally: os.close(fd)

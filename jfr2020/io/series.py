@@ -6,7 +6,7 @@
 __all__ = ['SeriesFacts', 'contrast_hint', 'series_facts', 'DicomSeries', 'check_series', 'SeriesEntry', 'find_series',
            'series_table', 'choose_series']
 
-# %% ../../nbs/09_io.series.ipynb #a1bc7163
+# %% ../../nbs/09_io.series.ipynb #22021146
 import hashlib, re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .header import *
 from .files import *
 from .faults import *
 
-# %% ../../nbs/09_io.series.ipynb #c8ada42d
+# %% ../../nbs/09_io.series.ipynb #59e096ec
 @dataclass(frozen=True)
 class SeriesFacts:
     "What the headers say of one series; None or '' where they say nothing"
@@ -84,7 +84,7 @@ def series_facts(
         body_part=text('BodyPartExamined'), manufacturer=text('Manufacturer'), model=text('ManufacturerModelName'),
         syntax=SYNTAXES.get(h.syntax, h.syntax), scan_options=many('ScanOptions'), position=text('PatientPosition'))
 
-# %% ../../nbs/09_io.series.ipynb #367b11ee
+# %% ../../nbs/09_io.series.ipynb #66a5f8a3
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
     "One regular stack of CT slices, checked, without its pixels"
@@ -119,7 +119,7 @@ def check_series(
     return DicomSeries(facts.uid, files, geometry, replace(facts, increment_mm=step), found + remarks(slices, step),
                        tuple(slices))
 
-# %% ../../nbs/09_io.series.ipynb #a2c00464
+# %% ../../nbs/09_io.series.ipynb #e6d0d224
 @dataclass(frozen=True, eq=False)
 class SeriesEntry:
     "One series found: ready (`series`) or refused (`refusal`)"
@@ -164,8 +164,12 @@ def _entry(headers, source, bad, fewest):
     "The entry of one group of headers"
     unnamed = not headers[0].get('SeriesInstanceUID')
     if unnamed: headers = _named(headers)
-    facts = series_facts(sort_slices(headers))
+    facts, plain = series_facts(sort_slices(headers)), re.compile(r'[0-9.]{1,64}')
     try:
+        if not plain.fullmatch(facts.uid):
+            facts = replace(facts, uid='') # it may end in a file name
+            text = 'SeriesInstanceUID holds other characters than digits and dots'
+            raise DicomSeriesError(text, 'BAD_UID', 'export it again')
         if bad and facts.modality == 'CT':
             (_, e), more = bad[0], f', with {len(bad)-1} more' if bad[1:] else ''
             raise DicomSeriesError(f'{e.cause}; it may be one of the slices{more}', e.code,
@@ -203,7 +207,7 @@ def find_series(
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     return [e for i in inputs for e in _of_input(i, progress, fewest, unpack)]
 
-# %% ../../nbs/09_io.series.ipynb #bf20c7da
+# %% ../../nbs/09_io.series.ipynb #a481b781
 def series_table(
     entries, # of SeriesEntry
 ): # pandas DataFrame, one row a series
@@ -219,7 +223,7 @@ def series_table(
                          syntax=f.syntax, verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_io.series.ipynb #07f25d02
+# %% ../../nbs/09_io.series.ipynb #1984b872
 _SHARP = re.compile(r'bone|lung|edge|sharp|detail|chest|^[a-z]{1,2}[5-9]\d|^fc(3|5|8)\d|^y[a-d]$|^hr', re.I)
 
 def _rank(s):

@@ -1,0 +1,221 @@
+"The header walk equals pydicom on every real file, every syntax and every mutated header; series of the shared data get their verdict."
+import os
+import warnings
+from collections import Counter
+
+import numpy as np
+import pydicom
+import pytest
+from enhanced import write_enhanced
+from faults import GRID, Protocol, edit, put, volume, write_series
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jfr2020.errors import DicomSeriesError, LimitError
+from jfr2020.io import header as header_room
+from jfr2020.io.header import TAGS, read_header
+from jfr2020.io.series import choose_series, find_series, series_table
+from jfr2020.volume import CTVolume
+
+
+def plain(v):
+    "A pydicom value as `Header.get` gives it: stripped texts, numbers, a tuple for several"
+    many = list(v) if isinstance(v, pydicom.multival.MultiValue) else [v]
+    out = tuple(None if o in (None, '') else o.strip(' \0') if isinstance(o, str) and not isinstance(o, pydicom.valuerep.IS)
+                else float(o) if isinstance(o, float) else int(o) for o in many)
+    return out[0] if len(out) == 1 else out
+
+
+def by_pydicom(path):
+    "Keyword -> value, straight from pydicom's own conversion"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        out = {}
+        for k, (tag, vr) in TAGS.items():
+            src = ds.file_meta if tag >> 16 == 2 else ds
+            if k.startswith('Patient') and k != 'PatientPosition' or vr == 'XS' or tag not in src or src[tag].is_empty: continue
+            out[k] = plain(src[tag].value)
+        return out
+
+
+def assert_same(path, h):
+    for k, v in by_pydicom(path).items():
+        got = h.get(k)
+        assert got == v or got is None and v == '' or v != v and got != got, (k, got, v)
+
+
+def walks(path):
+    "Header by the walk alone, or None when it would ask pydicom"
+    h = read_header(path)
+    return h if h is not None and h.how == 'walk' else None
+
+
+def test_walk_equals_pydicom_on_every_shared_file(shared_data):
+    n = Counter()
+    for path in sorted(p for d in ('ct', 'ct_slices', 'dicom_edge') for p in (shared_data/d).rglob('*') if p.is_file()):
+        try: h = read_header(path)
+        except DicomSeriesError as e: n[e.code] += 1; continue
+        if h is None: n['none'] += 1; continue
+        n[h.how] += 1
+        if h.how != 'walk': continue
+        assert_same(path, h)
+        other = header_room._by_pydicom(path, h.size, '')
+        assert {k: h.get(k) for k in TAGS} == {k: other.get(k) for k in TAGS}
+        assert (h.patient, h.offset, h.syntax) == (other.patient, other.offset, other.syntax)
+    assert n['walk'] > 450 and n['pydicom'] < 25 and n['UNREADABLE'] <= 1, n
+
+
+@pytest.mark.parametrize('syntax', ['explicit', 'implicit', 'big', 'deflated', 'rle'])
+def test_walk_equals_pydicom_in_every_syntax(tmp_path, syntax):
+    for path in write_series(volume()[0], tmp_path/'s', Protocol(syntax=syntax, padding=-1010), SeriesDescription='Cœur à 3 mm')[:4]:
+        h = read_header(path)
+        assert h.how == ('pydicom' if syntax in ('big', 'deflated') else 'walk')
+        assert h.get('SeriesDescription') == 'Cœur à 3 mm' and h.get('PixelPaddingValue') == 14
+        if syntax != 'deflated': assert_same(path, h)
+
+
+@pytest.mark.parametrize('charset', ['', 'ISO_IR 100', 'ISO_IR 192', 'ISO_IR 101', ['', 'ISO 2022 IR 100'], 'ISO_IR 144'])
+def test_texts_in_every_character_set(tmp_path, charset):
+    text = 'Грудь' if charset == 'ISO_IR 144' else 'Cœur'.replace('œ', 'oe') + ' été'
+    path = write_series(volume()[0], tmp_path/'s')[0]
+    edit(path, put(SpecificCharacterSet=charset or 'ISO_IR 100', SeriesDescription=text))
+    assert read_header(path).get('SeriesDescription') == text
+
+
+def rich_header(folder, syntax):
+    "A synthetic file with sequences of both kinds of length, private blocks, texts and padding"
+    def more(ds, k):
+        for kw, undefined in (('ReferencedImageSequence', True), ('SourceImageSequence', False), ('RequestAttributesSequence', True)):
+            inner = pydicom.Dataset()
+            inner.Rows, inner.SeriesDescription, inner.ReferencedSOPInstanceUID = 7, 'inside', '1.2.3'
+            outer = pydicom.Dataset()
+            outer.RequestAttributesSequence = [inner]
+            setattr(ds, kw, [outer, inner])
+            ds[kw].is_undefined_length = undefined
+            for o in ds[kw].value: o.is_undefined_length_sequence_item = undefined
+        block = ds.private_block(0x0029, 'SYNTH', create=True)
+        block.add_new(0x10, 'OB', bytes(range(200)))
+        block.add_new(0x11, 'LO', 'private')
+    ct = CTVolume(volume()[0].data[:1, :8, :8].copy(), GRID.sliced((0, 0, 0), (1, 1, 1), (1, 8, 8)))
+    return write_series(ct, folder, Protocol(syntax=syntax), edit=more)[0]
+
+
+@pytest.mark.parametrize('syntax', ['explicit', 'implicit'])
+def test_walk_equals_pydicom_under_mutation(tmp_path, syntax):
+    "Random bytes of a header changed: both say the same, or the walk asks pydicom, or the file is refused; nothing else happens"
+    whole = rich_header(tmp_path/'s', syntax).read_bytes()
+    at, rng, n = read_header(next((tmp_path/'s').iterdir())).offset, np.random.default_rng(20), Counter()
+    path = tmp_path/'mutated'
+    for _ in range(1500):
+        b = bytearray(whole)
+        for k in rng.integers(128, at, rng.integers(1, 4)): b[k] = rng.integers(256)
+        path.write_bytes(b)
+        try: h = read_header(path)
+        except DicomSeriesError as e: n[e.code] += 1; continue
+        if h is None or h.how != 'walk': n['deferred'] += 1; continue
+        n['walk'] += 1
+        try: other = header_room._by_pydicom(path, h.size, '')
+        except DicomSeriesError: n['only the walk'] += 1; continue
+        same = {k: h.get(k) for k in TAGS}, {k: other.get(k) for k in TAGS}
+        assert same[0] == same[1], [(k, same[0][k], same[1][k]) for k in TAGS if same[0][k] != same[1][k]]
+        assert (h.patient, h.syntax) == (other.patient, other.syntax)
+        if h.remark != 'CUT': assert h.offset == other.offset
+    assert n['walk'] > 500 and n['only the walk'] < 30, n
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=400), st.booleans())
+def test_any_bytes_are_none_or_refused(tmp_path_factory, b, magic):
+    "Whatever the bytes: a header, None, or the library's own refusal"
+    path = tmp_path_factory.getbasetemp()/f'any{os.getpid()}'
+    path.write_bytes((bytes(128) + b'DICM' if magic else b'') + b)
+    try: h = read_header(path)
+    except DicomSeriesError: return
+    assert h is None or (h.size == path.stat().st_size and isinstance(h.get('Rows', 0), (int, tuple, str)))
+
+
+def test_long_headers_and_long_texts(tmp_path):
+    "Pixels far beyond the first read are found, and values across its end are whole"
+    def long(ds, k):
+        ds.private_block(0x0019, 'SYNTH', create=True).add_new(1, 'OB', bytes(16384 - 700 + k))
+        ds.private_block(0x0021, 'SYNTH', create=True).add_new(1, 'OB', bytes(300_000))
+    for path in write_series(volume()[0], tmp_path/'s', edit=long):
+        h = read_header(path)
+        assert h.how == 'walk' and h.offset > 300_000
+        assert_same(path, h)
+
+
+def test_enhanced_frames_in_any_order(tmp_path):
+    "Frames are slices: shuffled, with a slope of their own, they are the same stack"
+    ct, _ = volume()
+    order = list(np.random.default_rng(0).permutation(24))
+    path = write_enhanced(ct, tmp_path/'one', order=order, slopes={k: 1 + k % 2 for k in range(24)})
+    s = find_series(path)[0].series
+    assert s.geometry.matches(GRID) and [h.frame for h in s.headers] == list(np.argsort(order))
+    assert [h.get('RescaleSlope') for h in s.headers] == [1 + k % 2 for k in range(24)]
+    assert {f.code for f in s.findings} == {'RESCALE_PER_SLICE'}
+    assert read_header(path).frames and len(read_header(path).each_frame()) == 24
+
+
+EXPECTED = dict(ibsi1_pat1_contrast_crop=['NOT_CT', 'ok'], lungdx_A0002_B40f=['ok'], ricord1a_001012=['ok'],
+                totalseg_example_ct_dicom_noheart=['ok, NO_SERIES_UID, OVERLAP, NO_SOP_CLASS'])
+EDGE = dict(dcmqa_ge_tilt_uneven_7slices=['GANTRY_TILT'], dcmqa_philips_localizer=['LOCALIZER'], covid19_ny_sbu_reformats=['REFORMAT']*2,
+            lungdx_A0002_second_series_B70f_4slices=['ok'], panimg_dicom_4d=['ok']*19, monai_ct_noext=['MISSING_SLICE'],
+            pydicom_dicomdir_tree=['LOCALIZER', 'MISSING_SLICE'] + ['NOT_CT']*6 + ['ok'], wg04_ct1_noext=['TOO_FEW_SLICES']*2,
+            panimg_per_slice_dicom_slope=['TOO_FEW_SLICES'], panimg_per_slice_dicom_intercept=['TOO_FEW_SLICES'], charsets=['NOT_CT']*6)
+
+
+def test_verdicts_on_the_shared_data(shared_data):
+    for d, table in (('ct', EXPECTED), ('dicom_edge', EDGE)):
+        for name, verdicts in table.items():
+            assert sorted(e.verdict for e in find_series(shared_data/d/name)) == verdicts, name
+
+
+def test_phases_with_a_series_uid_each_are_not_guessed_between(shared_data, tmp_path):
+    entries = find_series(shared_data/'dicom_edge'/'panimg_dicom_4d')
+    with pytest.raises(DicomSeriesError, match='AMBIGUOUS'): choose_series(entries)
+    for p in (shared_data/'dicom_edge'/'panimg_dicom_4d').iterdir(): # the same under one UID
+        (tmp_path/p.name).write_bytes(p.read_bytes())
+        edit(tmp_path/p.name, put(SeriesInstanceUID='1.2.3'))
+    assert '76 slices at 4 positions: 19 phases' in find_series(tmp_path)[0].refusal.cause
+
+
+def test_a_second_kernel_mixed_into_a_real_series(shared_data, tmp_path):
+    for p in (shared_data/'ct'/'lungdx_A0002_B40f').iterdir(): (tmp_path/p.name).symlink_to(p)
+    for p in (shared_data/'dicom_edge'/'lungdx_A0002_second_series_B70f_4slices').iterdir(): (tmp_path/f'b{p.name}').symlink_to(p)
+    entries = find_series(tmp_path)
+    assert len(series_table(entries)) == 2
+    entry, why = choose_series(entries)
+    assert entry.facts.kernel == 'B40f' and 'best of 2' in why
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(6)), st.floats(-30, 30), st.floats(.5, 5), st.integers(0, 2**31))
+def test_any_order_and_lean_gives_the_same_place(tmp_path_factory, order, lean, gap, seed):
+    "Slices written in any order, leaning together by any angle: every voxel is where its header says"
+    folder = tmp_path_factory.mktemp('lean')
+    c, s = np.cos(np.radians(lean)), np.sin(np.radians(lean))
+    paths = write_series(CTVolume(np.zeros((6, 4, 5), 'i2'), GRID.sliced((0, 0, 0), (1, 1, 1), (6, 4, 5))), folder/'s', seed=seed)
+    corner = np.random.default_rng(seed).uniform(-200, 200, 3)
+    normal = np.array([0, -s, c])
+    for p, k in zip(paths, order):
+        at = [round(float(v), 6) for v in corner + k*gap*normal]
+        edit(p, put(ImageOrientationPatient=[1, 0, 0, 0, round(float(c), 8), round(float(s), 8)], ImagePositionPatient=at))
+    got = find_series(folder/'s')[0]
+    assert got.series, got.refusal
+    assert [order[paths.index(f)] for f in got.series.files] == list(range(6))
+    lps = corner + 3*gap*normal + 2*.5*np.array([0, c, s]) + 4*.5*np.array([1, 0, 0])
+    assert np.allclose(got.series.geometry.to_world([[3, 2, 4]])[0], lps*[-1, -1, 1], atol=1e-3)
+
+
+def test_many_small_trees_and_limits(tmp_path, monkeypatch):
+    write_series(volume()[0], tmp_path/'s')
+    seen = []
+    assert find_series([tmp_path/'s', str(tmp_path/'s')], progress=seen.append)[1].series and seen[-1] == 24
+    from dataclasses import replace
+
+    from jfr2020.io import files as files_room
+    monkeypatch.setattr(files_room, 'LIMITS', replace(files_room.LIMITS, files=10))
+    e, = find_series(tmp_path/'s')
+    assert isinstance(e.refusal, LimitError) and e.verdict == 'LIMIT_FILES'
