@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COARSE_MM', 'ODD_HU', 'TILT', 'PLANE', 'AIR', 'SOLID', 'GAS', 'CUT_OFF', 'LUNG_ML', 'OPEN_ML', 'EMPHYSEMA_ML', 'BONE',
-           'VERTEBRA', 'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'BONE_ML', 'coarse_ct',
-           'odd_slices', 'Anatomy', 'find_anatomy']
+           'VERTEBRA', 'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'GAP_MM', 'BEND', 'BONE_ML',
+           'coarse_ct', 'odd_slices', 'Anatomy', 'find_anatomy']
 
-# %% ../nbs/20a_anatomy.ipynb #c131b356
+# %% ../nbs/20a_anatomy.ipynb #cdbaf80b
 from dataclasses import dataclass
 import numpy as np
 
@@ -16,7 +16,7 @@ from .geometry import *
 from .volume import *
 from .intensity import *
 
-# %% ../nbs/20a_anatomy.ipynb #36456443
+# %% ../nbs/20a_anatomy.ipynb #3d03a8e8
 COARSE_MM = 3. # voxel size aimed at
 ODD_HU = 100 # mean difference from both neighbours, beyond twice theirs from each other; chosen on real series
 TILT = .9 # least cosine between an axial grid's axes and the patient's (25 degrees)
@@ -57,13 +57,17 @@ def _block_mean(s, step, n): # (H,W) slice -> coarse float32: rows are added bef
 def _upright(v):
     return v[tuple(slice(None, None, 1 if c==w else -1) for c,w in zip(v.geometry.code, 'SPL'))]
 
-# %% ../nbs/20a_anatomy.ipynb #b5988f8c
+# %% ../nbs/20a_anatomy.ipynb #a6cd155d
 PLANE = np.zeros((3,3,3), bool); PLANE[1] = [[0,1,0],[1,1,1],[0,1,0]] # neighbours within a slice
 
 def _label(m, structure=None):
     from scipy import ndimage as ndi
     lab,n = ndi.label(m, structure)
     return lab, np.bincount(lab.ravel(), minlength=n+1)*(np.arange(n+1) > 0) # background counts 0
+
+def _largest(m):
+    lab,n = _label(m)
+    return lab == max(1, n.argmax())
 
 def _rim(field): # (H,W): the edge of what was reconstructed
     from scipy import ndimage as ndi
@@ -87,7 +91,7 @@ def _hull(m, spacing, directions=24): # slice by slice, outer polygon
     out[slices] = inside
     return out
 
-# %% ../nbs/20a_anatomy.ipynb #555605c1
+# %% ../nbs/20a_anatomy.ipynb #c8e63f92
 AIR, SOLID = -400, -300 # HU, bounds of air and of the body: calcium reference 5.1
 GAS = -945 # HU, median below it: room air or gut; real lungs measured -916..-740, room air -1002..-953
 CUT_OFF = .02 # least size, against the largest, of tissue that a narrow field separates from it
@@ -126,7 +130,7 @@ def _without_gas(lungs, hu):
     lab,n = _label(lungs & ~gas)
     return (n > .02*n.sum())[lab] if n.sum() else lungs
 
-# %% ../nbs/20a_anatomy.ipynb #195fae8c
+# %% ../nbs/20a_anatomy.ipynb #64110977
 def _split_lungs(lungs, g, column): # 1 right, 2 left
     from scipy import ndimage as ndi
     core = lungs
@@ -148,7 +152,7 @@ def _nearer(lungs, lab, right, left, g):
     i = ndi.distance_transform_edt(seed==0, g.spacing, return_distances=False, return_indices=True)
     return np.where(lungs, seed[tuple(i)], 0).astype(np.uint8)
 
-# %% ../nbs/20a_anatomy.ipynb #03813105
+# %% ../nbs/20a_anatomy.ipynb #42c1e3c7
 BONE = 150 # HU: calcium reference 5.1
 VERTEBRA = 90 # HU, mean of a row of 30 mm: spongy bone is 120-250, soft tissue and plain blood below 60
 CANAL_MM, SPINE_MM = 25, 120 # widest gap between bony rows (canal), longest chain of them (process to front)
@@ -189,9 +193,10 @@ def _beside_lungs(front, lungs, dy, bright):
     if hind >= lungs.shape[1]-2: least, most = 0, most-15*bright # the field ends before the lung does
     return np.clip(front, hind-most/dy, hind-least/dy)
 
-# %% ../nbs/20a_anatomy.ipynb #0fe55755
+# %% ../nbs/20a_anatomy.ipynb #a4de2b48
 TRACHEA_MM2 = (60, 700) # cross-section
-CHAIN_MM = 12 # a shorter chain of blobs is no windpipe
+CHAIN_MM, GAP_MM = 12, 7 # a shorter chain of blobs is no windpipe; a longer gap ends it
+BEND = .4 # mm aside per mm down: a main bronchus (22 degrees), not a windpipe
 
 def _blobs(m, g): # 2-D pieces: labels, slice, area mm2, mean column and row, width and depth mm
     lab,n = _label(m, PLANE)
@@ -201,17 +206,26 @@ def _blobs(m, g): # 2-D pieces: labels, slice, area mm2, mean column and row, wi
     _,dy,dx = g.spacing
     return lab, mean(d).round().astype(int), n*dy*dx, mean(w), mean(h), wide(w,dx), wide(h,dy)
 
-def _follow(lab, area, column, k, d, dx): # chain of blobs downwards from blob k, slice where it splits
+def _follow(lab, area, column, k, d, g): # chain of blobs downwards from blob k, slice where it splits
     from scipy import ndimage as ndi
-    chain = [[k]]
+    chain, x, at = [k], [column[k]*g.spacing[2]], d
+    front, reach = [k], max(1, int(GAP_MM/g.spacing[0]))
     while d > 0:
-        here = np.isin(lab[d], chain[-1])
-        below = [j for j in np.unique(lab[d-1][ndi.binary_dilation(here)]) if j and 25 <= area[j] <= 900]
-        if not below: return chain, None
-        d -= 1; chain.append(below)
-        at = [column[j]*dx for j in below]
-        if max(at)-min(at) > 8: return chain, d
-    return chain, None
+        here = ndi.binary_dilation(np.isin(lab[d], front))
+        for e in range(d-1, max(-1, d-1-reach), -1): # where the wall is too thin to see, a slice may be missing
+            front = [j for j in np.unique(lab[e][here]) if j and 25 <= area[j] <= 900]
+            if front: break
+        else: break
+        d = e; chain += front
+        mm = [column[j]*g.spacing[2] for j in front]
+        if max(mm)-min(mm) > 8: return chain, d
+        x.append(float(np.mean(mm)))
+    return chain, _bend(np.array(x), at, g.spacing[0])
+
+def _bend(x, top, dz): # slice in which a chain of blobs turns aside, as a main bronchus does; None where it does not
+    k = max(1, round(15/dz))
+    aside = np.flatnonzero(np.abs(x[k:]-x[:-k]) > BEND*k*dz) if len(x) > k else []
+    return top-int(aside[0]) if len(aside) else None
 
 def _find_airway(hu, tissue, field, g, column, front): # mask, slice of the carina or None
     lab,sl,area,x,y,wide,deep = _blobs((hu < AIR-200) & _closed(tissue, field), g)
@@ -221,18 +235,20 @@ def _find_airway(hu, tissue, field, g, column, front): # mask, slice of the cari
     best, split, seen, length = [], None, set(), 0
     for k in sorted(np.flatnonzero(ok), key=lambda k: -sl[k]):
         if k in seen: continue
-        chain, at = _follow(lab, area, x, k, sl[k], g.spacing[2])
-        seen.update(j for c in chain for j in c)
-        mm = len(chain)*g.spacing[0]
+        chain, at = _follow(lab, area, x, k, sl[k], g)
+        seen.update(chain)
+        mm = (np.ptp(sl[chain])+1)*g.spacing[0]
         if mm >= CHAIN_MM and mm*(1+(at is not None)) > length: best, split, length = chain, at, mm*(1+(at is not None))
-    return np.isin(lab, [j for c in best for j in c]) & (lab > 0), split
+    return np.isin(lab, best) & (lab > 0), split
 
-# %% ../nbs/20a_anatomy.ipynb #0d48c6d0
+# %% ../nbs/20a_anatomy.ipynb #43bf8a59
 BONE_ML = 1
 
 def _find_mediastinum(hu, body, lungs, airway, front, g):
+    from scipy import ndimage as ndi
     ahead = np.arange(hu.shape[1])[None,:,None] < front[:,None,None]
-    return _hull(lungs > 0, g.spacing) & body & (lungs == 0) & ~airway & ahead
+    m = _hull(lungs > 0, g.spacing) & body & (lungs == 0) & ~airway & ahead
+    return ndi.binary_dilation(_largest(ndi.binary_erosion(m, PLANE, border_value=1) & m), PLANE, iterations=2, mask=m)
 
 def _find_bone(hu, body, mediastinum, column, front, g): # all bone, and the part of it that is spine
     lab,n = _label((hu > BONE) & body & ~mediastinum)
@@ -241,7 +257,7 @@ def _find_bone(hu, body, mediastinum, column, front, g): # all bone, and the par
     near = np.abs(x-column[:,None,None])*g.spacing[2] < 40
     return bone, bone & near & (y >= front[:,None,None]-1)
 
-# %% ../nbs/20a_anatomy.ipynb #9cfc9939
+# %% ../nbs/20a_anatomy.ipynb #7adff143
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "Masks of the chest on one coarse grid (axes SPL), its landmarks and what was remarkable"
@@ -293,7 +309,7 @@ class Anatomy:
         at = 'no carina' if np.isnan(self.carina) else f'carina in coarse slice {self.carina:.0f}'
         return f'Anatomy {parts}; {at}; {self.geometry!r}' + ''.join(f'; {f.code}' for f in self.findings)
 
-# %% ../nbs/20a_anatomy.ipynb #b9a719fb
+# %% ../nbs/20a_anatomy.ipynb #3e0e2ba0
 def find_anatomy(
     ct:CTVolume, # an axial scan, any field of view, spacing or padding
 ) -> Anatomy: # on a grid of about 3 mm
