@@ -8,7 +8,7 @@ __all__ = ['BELOW_RIGHT_MM', 'BELOW_LEFT_MM', 'CARINA_DOWN_MM', 'ABOVE_MM', 'CAR
            'TRIM_MM', 'KEEP_MM', 'WHOLE_MM', 'LUNG_SHARE', 'AGREE', 'HeartBox', 'find_heart', 'SliceRange',
            'trim_slices', 'lung_run']
 
-# %% ../nbs/21_heart.ipynb #eff8da37
+# %% ../nbs/21_heart.ipynb #6c9aaf83
 from dataclasses import dataclass
 import numpy as np
 
@@ -17,7 +17,7 @@ from .geometry import *
 from .volume import *
 from .anatomy import *
 
-# %% ../nbs/21_heart.ipynb #047fae37
+# %% ../nbs/21_heart.ipynb #99280e6b
 @dataclass(frozen=True, eq=False)
 class HeartBox:
     "Where the heart is on a scan's grid, how sure that is, and why"
@@ -55,7 +55,7 @@ class HeartBox:
         return (f'HeartBox {x:.0f} x {y:.0f} x {z:.0f} mm (left-right, front-back, up-down), '
                 f'confidence {self.confidence:.2f}: {self.reason}')
 
-# %% ../nbs/21_heart.ipynb #1a68e4d1
+# %% ../nbs/21_heart.ipynb #13c31a2f
 def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: faces in coarse voxels; a voxel that is touched is in
     corners = np.array(np.meshgrid(*zip(lo, hi))).reshape(3,-1).T
     i = ct.geometry.to_index(anatomy.geometry.to_world(corners))
@@ -64,7 +64,7 @@ def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: faces in coarse vox
     w = ct.geometry.to_world(np.array(np.meshgrid(*zip(a, b))).reshape(3,-1).T-.5)
     return HeartBox(a, b, np.array([w.min(0), w.max(0)]), round(float(confidence), 2), reason)
 
-# %% ../nbs/21_heart.ipynb #3d39408c
+# %% ../nbs/21_heart.ipynb #e34fa0f8
 BELOW_RIGHT_MM, BELOW_LEFT_MM = 38, 16 # bottom of the box below the base of the right and of the left lung
 CARINA_DOWN_MM = 5 # top of the box below the carina; cardiac protocols begin some 10 mm below it
 ABOVE_MM = 115 # top above the right base where no carina was found
@@ -90,13 +90,13 @@ def _levels(a): # bottom, top (coarse slices), the two bases, notes, confidence
     high = (a.carina-base)*dz
     if np.isnan(high):
         top = last if base < 1 else base+ABOVE_MM/dz
-        notes.append('no carina'); sure *= .7 if top < last else .8
+        notes.append('no carina'); sure *= .8 if top < last else .9
     else:
         top = a.carina-CARINA_DOWN_MM/dz; notes.append(f'carina {high:.0f} mm above the base')
         if base >= 1 and not CARINA_MM[0] <= high <= CARINA_MM[1]: top, sure = max(top, base+ABOVE_MM/dz), sure*.4
     return bottom, min(last, top), right, left, notes, sure
 
-# %% ../nbs/21_heart.ipynb #7efedb5e
+# %% ../nbs/21_heart.ipynb #9642cc14
 OPEN_MM, MIDDLE_MM = 9, (30, 70) # opening of the mediastinum; where the heart is, right and left of the spine's column
 SIDE_MM, FRONT_MM, BACK_MM = 8, 6, 6 # margins at the sides, in front, and behind the vertebral front
 SLICES = .8 # share of the slices that decide; all chosen on real series
@@ -133,7 +133,7 @@ def _sides(a, bottom, top, right, left): # row and column limits (coarse, inclus
     back = max(back+BACK_MM/dy, front+DEEP_MM/dy)
     return front, back, r, l, [f'{(spine-r)*dx:.0f} mm right and {(l-spine)*dx:.0f} mm left of the spine'], sure
 
-# %% ../nbs/21_heart.ipynb #e231cab2
+# %% ../nbs/21_heart.ipynb #b75bcd08
 SURE = .5 # below this confidence the box takes the whole field
 
 def find_heart(
@@ -148,7 +148,7 @@ def find_heart(
     if height < LEAST_MM: _no_heart(f'only {height:.0f} mm between carina and diaphragm, at least {LEAST_MM} mm needed')
     front, back, r, l, more, certain = _sides(a, bottom, top, right, left)
     codes = {f.code for f in a.findings}
-    sure *= certain * (.4 if 'ONE_LUNG' in codes else 1) * (.8 if 'LUNGS_TRUNCATED' in codes else 1)
+    sure *= certain * (.4 if 'ONE_LUNG' in codes else 1) * (.9 if 'LUNGS_TRUNCATED' in codes else 1)
     lo, hi = np.array([bottom, front-.5, r-.5]), np.array([top, back+.5, l+.5])
     if sure < SURE: lo[1:], hi[1:], more = -1, a.ct.shape[1:], ['whole width of the field kept']
     return _box(ct, a, lo, hi, sure, '; '.join(notes+more))
@@ -165,7 +165,7 @@ def _refuse_without_lungs(a):
     if np.isnan(a.carina) and a.airway.data[:few].any() and lung[0].sum() > .6*lung.sum((1,2)).max():
         _no_heart('the windpipe leaves the lowest slice without having split')
 
-# %% ../nbs/21_heart.ipynb #768d0a17
+# %% ../nbs/21_heart.ipynb #b4417a74
 TRIM_MM, KEEP_MM, WHOLE_MM = 15, 120, 220 # margin at either end, least range kept, scans kept whole
 LUNG_SHARE, AGREE = .05, .6 # least share of lung in the body's area, least overlap of the two witnesses
 
