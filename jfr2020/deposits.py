@@ -224,8 +224,8 @@ def draw_plaques(
     return tuple(fit_plaque(s, max(t, 1.), arteries[s.vessel], raster, threshold) for s,t in zip(seats, share))
 
 # %% ../nbs/05d_deposits.ipynb #3ff9c700
-def _on_tube(pipe, rng, z, n, bead): # beads along a stretch of a vessel's wall
-    k = int(np.abs(pipe.points[:,2]-z).argmin())
+def _on_tube(pipe, rng, mm, n, bead): # beads on a vessel's wall, some mm from its start
+    k = int(len(pipe.points)*mm/pipe.length)
     way = np.gradient(pipe.points, axis=0)[k]; way /= np.linalg.norm(way)
     a = np.cross(way, rng.normal(size=3)); a /= np.linalg.norm(a); b = np.cross(way, a)
     phi = rng.uniform(0, 2*np.pi) + np.linspace(0, .35*n/4, n)
@@ -255,8 +255,8 @@ def make_decoy(
 ) -> Deposit:
     "One decoy at a place where such things are"
     n, base = int(rng.integers(4, 10)), aorta.points[0]
-    if name == 'aortic wall': solid = _on_tube(aorta, rng, rng.choice([96., 60., -10., -50.])+rng.normal(0, 6), n, 1.2)
-    elif name == 'aortic root': solid = _on_tube(aorta, rng, base[2]+14, 4, 1.)
+    if name == 'aortic wall': solid = _on_tube(aorta, rng, rng.choice([50., 85., 110., 200., 250.])+rng.normal(0, 6), n, 1.2)
+    elif name == 'aortic root': solid = _on_tube(aorta, rng, 12., 4, 1.)
     elif name == 'aortic valve': solid = Tube(base + np.array([0,0,4]) + rng.normal(0, 1, (3,3))*[6,6,1.2], rng.uniform(.9, 1.7, 3))
     elif name == 'mitral annulus': solid = _annulus(heart, rng, n+4)
     elif name == 'pericardium': solid = _pericardial(heart, rng, n)

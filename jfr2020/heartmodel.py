@@ -33,7 +33,7 @@ def heart_axes(
     forward:float = 0., # degrees, + apex to the front
 ) -> np.ndarray: # (3,3), rows u, s, t
     "Unit vectors of the heart's frame in RAS+"
-    u = np.array([-.70,.50,-.51]); u /= np.linalg.norm(u)
+    u = np.array([-.67,.48,-.57]); u /= np.linalg.norm(u)
     s = np.array([.60,.75,-.10]); s -= s@u*u; s /= np.linalg.norm(s)
     A = np.stack([u, s, np.cross(u, s)])
     for angle,(i,j) in ((lie,(0,2)),(forward,(0,1))): # about y, then about z
@@ -82,7 +82,7 @@ class Heart:
         return low-12, high+12
 
 def make_heart(
-    a:Anatomy,
+    a:Physique,
 ) -> Heart:
     "The heart of a patient"
     axes, k = heart_axes(*a.heart_turn), a.heart_scale
@@ -143,9 +143,10 @@ def make_coronaries(
     top = np.radians(-92.)
     along = np.linspace(-16, 60, 54)
     angle,r = _iv_groove(heart, along, gap, top)
-    tip = np.array([66., 58., 48., 38., 28.]) # round the apex to the diaphragm
-    under = np.array([angle[-1], *[np.radians(80)]*4])
-    lad = heart.to_world(np.r_[_polar(along, angle, r)[::6], _polar(tip, under, surface(heart, tip, under, gap))])
+    tip = np.array([54., 44., 34., 24.]) # beyond the apex, on the diaphragm
+    under = np.full(4, np.radians(80))
+    apex = [66+gap, *CHAMBERS['LV'][0][1:]]
+    lad = heart.to_world(np.r_[_polar(along, angle, r)[::6], [apex], _polar(tip, under, surface(heart, tip, under, gap))])
     turn = np.linspace(angle[0]-.15, angle[0]-np.radians(170), 50) # over the left side to the back
     back, rr = _av_groove(heart, turn, gap)
     lcx = heart.to_world(_polar(back, turn, rr))

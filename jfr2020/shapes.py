@@ -77,7 +77,11 @@ class Ellipsoid:
         "Half the size along x, y, z"
         return np.sqrt(((self.axes*self.radii[:,None])**2).sum(0))
 
-    def box(self, z, grow=0.):
+    def box(self,
+        z:float, # mm
+        grow:float=0., # mm, how much larger than the solid
+    ): # (4,) mm, lowest and highest x, lowest and highest y; None where the solid does not reach z
+        "The box around the solid at one height"
         e = self.extent+grow; cx,cy,cz = self.centre
         return None if abs(z-cz) > e[2] else (cx-e[0], cx+e[0], cy-e[1], cy+e[1])
 
@@ -108,7 +112,11 @@ class Column:
         "The superellipse at one height"
         return tuple(np.float32(np.interp(z, self.knots[:,0], k)) for k in self.knots.T[1:])
 
-    def box(self, z, grow=0.):
+    def box(self,
+        z:float, # mm
+        grow:float=0., # mm, how much larger than the solid
+    ): # (4,) mm, lowest and highest x, lowest and highest y; None where the solid does not reach z
+        "The box around the solid at one height"
         if not self.knots[0,0] <= z <= self.knots[-1,0]: return None
         cx,cy,a,b = self.at(z)
         return None if min(a,b)+grow <= 0 else (cx-a-grow, cx+a+grow, cy-b-grow, cy+b+grow)
@@ -143,12 +151,17 @@ class Tube:
     def __post_init__(self):
         object.__setattr__(self, 'points', np.asarray(self.points, np.float32))
         object.__setattr__(self, 'radius', np.broadcast_to(np.asarray(self.radius, np.float32), len(self.points)))
+        z = self.points[:,2]
+        object.__setattr__(self, 'span', (float((z-self.radius).min()), float((z+self.radius).max())))
 
-    def near(self, z, grow=0.): return np.flatnonzero(np.abs(self.points[:,2]-z) <= self.radius+grow)
+    def _near(self, z, grow): return np.flatnonzero(np.abs(self.points[:,2]-z) <= self.radius+grow)
 
-    def box(self, z, grow=0.):
-        k = self.near(z, grow)
-        if not len(k): return None
+    def box(self,
+        z:float, # mm
+        grow:float=0., # mm, how much larger than the solid
+    ): # (4,) mm, lowest and highest x, lowest and highest y; None where the solid does not reach z
+        "The box around the solid at one height"
+        if not self.span[0]-grow <= z <= self.span[1]+grow or not len(k:=self._near(z, grow)): return None
         p,r = self.points[k], self.radius[k]+grow
         return (p[:,0]-r).min(), (p[:,0]+r).max(), (p[:,1]-r).min(), (p[:,1]+r).max()
 
@@ -158,7 +171,7 @@ class Tube:
     ): # mm, negative inside
         "Signed distance to the nearest bead"
         d = np.full(np.broadcast_shapes(np.shape(x), np.shape(y)), 1e3, np.float32)
-        for k in self.near(z, reach):
+        for k in self._near(z, reach):
             (px,py,pz),r = self.points[k], self.radius[k]
             np.minimum(d, np.sqrt((x-px)**2 + ((y-py)**2 + (z-pz)**2)) - r, out=d)
         return d

@@ -53,7 +53,7 @@ class Scan:
 @dataclass(frozen=True, eq=False)
 class Patient:
     "Every solid of one patient"
-    anatomy:Anatomy
+    physique:Physique
     trunk:Trunk
     bones:list # of Bone
     pipes:dict # name -> Tube
@@ -66,10 +66,10 @@ class Patient:
     @property
     def blood(self) -> float: # HU
         "HU of blood, with contrast medium where it was given"
-        return TISSUE['blood'] if self.anatomy.contrast is None else self.anatomy.contrast
+        return TISSUE['blood'] if self.physique.contrast is None else self.physique.contrast
 
 def make_patient(
-    a:Anatomy,
+    a:Physique,
 ) -> Patient:
     "Build all parts of a patient"
     trunk = make_trunk(a); pipes, airways = make_pipes(a); heart = make_heart(a)
@@ -78,10 +78,10 @@ def make_patient(
                    make_coronaries(heart, root, float(pipes['aorta'].radius[0])))
 
 # %% ../nbs/06_thorax.ipynb #440bfc5b
-MEDIASTINUM = [[-340,0,-20,18,40],[-60,0,-20,18,40],[20,0,-10,23,46],[50,-1,0,29,50],[80,-1,4,31,50],[105,0,2,34,44],[130,0,-5,36,36],[165,0,-14,38,34],[200,0,-18,60,40],[260,0,-18,60,40]] # mm, as the knots of the trunk
+MEDIASTINUM = [[-340,0,-20,18,40],[-60,0,-20,18,40],[20,0,-10,23,46],[50,-1,0,27,50],[80,-1,4,25,50],[105,0,2,28,44],[130,0,-5,33,36],[165,0,-14,38,34],[200,0,-18,60,40],[260,0,-18,60,40]] # mm, as the knots of the trunk
 
 def _wall(plane, p): # skin, fat, muscle, chest wall; returns the distance to the inside of the cage
-    a, everywhere = p.anatomy, plane.window(None)
+    a, everywhere = p.physique, plane.window(None)
     x,y = plane.points(everywhere)
     for b in p.trunk.breasts: plane.draw(b, TISSUE['skin'])
     skin = p.trunk.skin.distance(x, y, plane.z)
@@ -89,15 +89,17 @@ def _wall(plane, p): # skin, fat, muscle, chest wall; returns the distance to th
     for b in p.trunk.breasts: plane.draw(b, TISSUE['fat'], -1.6)
     plane.paint(skin+1.6, TISSUE['fat'], everywhere)
     muscle, cage = p.trunk.muscle.distance(x, y, plane.z), p.trunk.inside(x, y, plane.z)
-    plane.paint(muscle, TISSUE['muscle'], everywhere)
-    plane.paint(np.maximum(np.abs(muscle+8)-.8, muscle), -50, everywhere)
-    plane.paint(np.minimum(cage-14, cage), -70, everywhere)
-    plane.paint(cage-12.6, TISSUE['muscle']-15, everywhere)
+    wave = 3*np.sin(.055*x+.03*plane.z)*np.cos(.045*y-.02*plane.z) # no layer is quite even
+    plane.paint(muscle+wave/2, TISSUE['muscle'], everywhere)
+    plane.paint(np.abs(muscle+9+2*wave)-.8, -40, everywhere)
+    for e in p.trunk.axillae: plane.draw(e, TISSUE['fat']+10)
+    plane.paint(cage-13.5+wave/2, -60, everywhere)
+    plane.paint(cage-12.6+wave, TISSUE['muscle']-15, everywhere)
     plane.paint(cage-1, TISSUE['fat'], everywhere)
     return cage
 
 def _middle(plane, p, heart): # distance to all that keeps the lung away
-    a = p.anatomy
+    a = p.physique
     x,y = plane.points(plane.window(None))
     knots = np.array(MEDIASTINUM)*[a.height, a.width, a.depth, a.width, a.depth]
     d = Column(knots, 2.2).distance(x, y, plane.z)
@@ -109,7 +111,7 @@ def _middle(plane, p, heart): # distance to all that keeps the lung away
     return d
 
 def _chest(plane, p, cage, heart): # lungs and abdomen
-    a, everywhere = p.anatomy, plane.window(None)
+    a, everywhere = p.physique, plane.window(None)
     x,y = plane.points(everywhere)
     top = diaphragm(a, x, y)
     below = (top-plane.z)*.75 # negative above the diaphragm; it is steep, so distances are shorter
@@ -163,7 +165,7 @@ def paint_chest(
     table:bool=True, # is there a table
 ) -> np.ndarray: # (H,W) mm, signed distance to the pericardium, 1000 far from it
     "Paint everything of a patient on one slice, deposits excepted"
-    if table: _table(plane, p.anatomy)
+    if table: _table(plane, p.physique)
     low,high = p.heart.bounds
     heart = np.full(plane.hu.shape, 1e3, np.float32)
     w = plane.window((low[0],high[0],low[1],high[1])) if low[2] <= plane.z <= high[2] else None
@@ -172,8 +174,9 @@ def paint_chest(
     _chest(plane, p, cage, heart)
     _heart(plane, p, heart, w)
     _vessels(plane, p)
-    draw_vertebrae(plane, p.anatomy)
-    for b in p.bones: b.draw(plane)
+    draw_vertebrae(plane, p.physique)
+    for b in p.bones: b.draw_shell(plane)
+    for b in p.bones: b.draw_inside(plane)
     return heart
 
 # %% ../nbs/06_thorax.ipynb #220e27d2
@@ -182,7 +185,7 @@ def make_raster(
     p:Patient,
 ) -> tuple: # (Raster in the frame of the patient, Geometry in that of the scanner)
     "Pixels, planes and slices of a scan"
-    a, low_high = p.anatomy, p.heart.bounds
+    a, low_high = p.physique, p.heart.bounds
     if s.coverage == 'cardiac': z0,z1 = low_high[0][2]+2, low_high[1][2]+16
     elif s.coverage == 'truncated': z0,z1 = p.heart.middle[2]-8, low_high[1][2]+16
     else: z0,z1 = np.array(COVERAGE.get(s.coverage, s.coverage) if isinstance(s.coverage, str) else s.coverage, float)*(a.height if isinstance(s.coverage, str) else 1)
@@ -258,7 +261,7 @@ class ChestCase:
         return sum(q['mass_mg'] for q in self.truth['plaques'])
 
     def __repr__(self):
-        t, a, n = self.truth, self.patient.anatomy, len(self.truth['plaques'])
+        t, a, n = self.truth, self.patient.physique, len(self.truth['plaques'])
         vessels = ', '.join(f'{v} {k}' for v in VESSEL_LABELS if (k:=sum(q['vessel']==v for q in t['plaques'])))
         calcium = f'{n} plaques ({vessels}), {self.mass_mg:.0f} mg' if n else 'no coronary calcium'
         blood = '' if a.contrast is None else f', contrast {a.contrast:.0f} HU'
@@ -292,7 +295,7 @@ def chest_phantom(
     vessels:tuple = (), # plaques only in these, e.g. ('LAD',)
     plaques:tuple = None, # of Deposit: these and no others
     decoys:object = (), # names of DECOYS; () draws a few; None: none at all
-    anatomy:Anatomy = None, # the patient; drawn when absent
+    physique:Physique = None, # the patient; drawn when absent
     contrast:float = None, # HU of blood after contrast medium, e.g. 350
     threshold:float = None, # HU from which voxels are calcium; that of 100 mg/cm3 when absent
     **scan, # fields of `Scan`: fov, matrix, increment, thickness, coverage, noise, psf, circle, table, shift
@@ -301,11 +304,11 @@ def chest_phantom(
     unknown = set(scan) - {f.name for f in fields(Scan)}
     if unknown: raise ConfigError(f'chest_phantom knows no {sorted(unknown)}', fix=f'use one of {[f.name for f in fields(Scan)]}')
     body, calcium, other, noise = (np.random.default_rng([seed, k]) for k in range(4)) # one stream each: an option changes its own part only
-    s, anatomy = Scan(**scan), anatomy or draw_anatomy(body)
-    p = make_patient(replace(anatomy, contrast=contrast) if contrast is not None else anatomy)
+    s, physique = Scan(**scan), physique or draw_physique(body)
+    p = make_patient(replace(physique, contrast=contrast) if contrast is not None else physique)
     raster, g = make_raster(s, p)
     threshold = density_hu(100) if threshold is None else float(threshold)
-    if agatston is None: agatston = draw_agatston(calcium, p.anatomy.sex)
+    if agatston is None: agatston = draw_agatston(calcium, p.physique.sex)
     if plaques is None: plaques = draw_plaques(calcium, float(agatston), p.arteries, raster, threshold, vessels)
     others = () if decoys is None else draw_decoys(other, p, tuple(decoys))
     clean, heart, seen = _render(p, raster, (*plaques, *others), s.table)
