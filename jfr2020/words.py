@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PHRASES', 'UNITS', 'LANGUAGES', 'TITLES', 'PROTOCOL', 'Words']
 
-# %% ../nbs/25a_words.ipynb #29e2d354
+# %% ../nbs/25a_words.ipynb #1fc9a403
 from .errors import *
 
-# %% ../nbs/25a_words.ipynb #54e2caa9
+# %% ../nbs/25a_words.ipynb #bdc814e4
 PHRASES = dict( # key -> (English, French)
     title=('Coronary calcium', 'Calcifications coronaires'),
     report=('Calcium score report', 'Compte rendu de score calcique'),
@@ -17,7 +17,6 @@ PHRASES = dict( # key -> (English, French)
     category=('Category', 'Catégorie'),
     rule=('rule', 'règle'),
     scheme=('scheme', 'échelle'),
-    scored=('scored', 'cotée'),
     refused=('refused', 'refusée'),
     no_score=('No score', 'Pas de score'),
     cause=('Cause', 'Cause'),
@@ -29,13 +28,16 @@ PHRASES = dict( # key -> (English, French)
     mass=('Mass', 'Masse'),
     density=('Density', 'Densité'),
     lesions=('Lesions', 'Lésions'),
-    lesion=('lesion', 'lésion'),
     vessels=('Vessels', 'Artères'),
     vessel=('Vessel', 'Artère'),
+    LM=('LM', 'TC'),
+    LAD=('LAD', 'IVA'),
+    LCX=('LCX', 'CX'),
+    RCA=('RCA', 'CD'),
     other=('other', 'autre'),
+    colon=(': ', ' : '),
     total=('Total', 'Total'),
     not_calibrated=('not calibrated', 'non étalonnée'),
-    unknown=('not known', 'inconnu'),
     overview=('Maximum through the region searched', 'Maximum à travers la région explorée'),
     zero=('No lesion passes the rule.', 'Aucune lésion ne remplit la règle.'),
     protocol=('Protocol deviations', 'Écarts au protocole'),
@@ -56,7 +58,6 @@ PHRASES = dict( # key -> (English, French)
     number=('No.', 'N°'),
     part=('Score', 'Score'),
     peak=('Peak', 'Maximum'),
-    mean=('Mean', 'Moyenne'),
     centre=('Centre x, y, z', 'Centre x, y, z'),
     span=('Slices', 'Coupes'),
     probability=('Probability', 'Probabilité'),
@@ -64,6 +65,8 @@ PHRASES = dict( # key -> (English, French)
     region=('Heart region', 'Région cardiaque'),
     confidence=('Confidence', 'Confiance'),
     reason=('Found by', 'Repérée par'),
+    glance=('The scan at a glance', 'Aperçu de l’examen'),
+    more_series=('{n} more series are in scores.csv.', '{n} autres séries sont dans scores.csv.'),
     region_note=('Lesions were looked for inside the box; those counted are projected onto the '
                  'planes through its middle.',
                  'Les lésions ont été cherchées dans la boîte ; celles comptées sont projetées sur '
@@ -121,14 +124,13 @@ PHRASES = dict( # key -> (English, French)
     truth_note=('Logarithmic axes, score + 1; on the line both agree.',
                 'Axes logarithmiques, score + 1 ; accord sur la diagonale.'),
     picture=('Picture', 'Image'),
-    details=('details', 'détails'),
     input=('Input', 'Entrée'),
     remarks_short=('Remarks', 'Remarques'))
 
 UNITS = dict(HU=('HU', 'UH')) # unit -> (English, French), where they differ
 LANGUAGES = ('en', 'fr')
 
-# %% ../nbs/25a_words.ipynb #14dbd6f2
+# %% ../nbs/25a_words.ipynb #878f55d6
 TITLES = dict( # code of a Finding or a refusal -> (English, French)
     KVP=('Tube voltage', 'Tension du tube'),
     KVP_BETWEEN=('Tube voltage', 'Tension du tube'),
@@ -180,7 +182,7 @@ TITLES = dict( # code of a Finding or a refusal -> (English, French)
 PROTOCOL = frozenset('''KVP KVP_BETWEEN KVP_BEYOND TIN THICKNESS NO_THICKNESS KERNEL NOISE NOT_GATED CONTRAST_HINT
     OVERLAP GAP GAPS LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
 
-# %% ../nbs/25a_words.ipynb #9053a224
+# %% ../nbs/25a_words.ipynb #fe82839d
 class Words:
     "Phrases, titles and numbers of one language"
     def __init__(self,
@@ -213,10 +215,12 @@ class Words:
         x, # a number, or None
         digits:int=1, # decimals
         unit:str='', # 'mm', 'HU', ...
+        all_digits:bool=False, # keep zeros at the end, for columns
     ) -> str: # '—' where there is none
         "A number with its unit, at most `digits` decimals"
         if x is None or x != x: return '—'
         text = f'{x:.{digits}f}'
-        text = text.rstrip('0').rstrip('.') if '.' in text else text
-        text = '0' if text == '-0' else text.replace('-', '−').replace('.', '.,'[self._i])
+        text = text if all_digits or '.' not in text else text.rstrip('0').rstrip('.')
+        text = text.removeprefix('-') if not text.strip('-0.') else text.replace('-', '−')
+        text = text.replace('.', '.,'[self._i])
         return f'{text} {self.unit(unit)}' if unit else text
