@@ -6,10 +6,9 @@
 __all__ = ['PAGE_BYTES', 'OTHER_BYTES', 'MOST_LESIONS', 'MOST_REJECTED', 'MOST_SERIES', 'software', 'case_report', 'case_picture',
            'cohort_report']
 
-# %% ../nbs/26_report.ipynb #00eec566
+# %% ../nbs/26_report.ipynb #b23b2877
 import math, platform, statistics
-from functools import lru_cache
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import PurePath
 from urllib.parse import quote
 import numpy as np
@@ -24,33 +23,24 @@ from .case import *
 from .words import *
 from .pictures import *
 
-# %% ../nbs/26_report.ipynb #2eb2871a
+# %% ../nbs/26_report.ipynb #d4f0ae5c
 PAGE_BYTES,OTHER_BYTES = 1_500_000,250_000 # largest page; what is kept free of pictures
 MOST_LESIONS,MOST_REJECTED,MOST_SERIES = 200,60,1000 # rows of a table
-
-@lru_cache
-def _templates():
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-    home = resources.files('jfr2020')/'assets'
-    env = Environment(loader=FunctionLoader(lambda name: (home/name).read_text(encoding='utf-8')), autoescape=True,
-                      undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters['mm'] = lambda x: f'{float(x):.2f}'.rstrip('0').rstrip('.')
-    return env
 
 def software() -> dict: # name -> version
     "What a score was computed with"
     names = 'jfr2020', 'numpy', 'scipy', 'pydicom'
     return {n: metadata.version(n) for n in names} | {'Python': platform.python_version()}
 
-def _page(template, words, title, **values):
+def _page(name, words, title, **values):
     made = ', '.join(f'{k} {v}' for k,v in software().items())
-    html = _templates().get_template(template).render(t=words, title=title, notice=NOTICE[words.lang], versions=made,
+    html = template(name).render(t=words, title=title, notice=NOTICE[words.lang], versions=made,
                                                       hu=words.unit('HU'), **values)
     if len(html.encode()) > PAGE_BYTES:
         raise StoreError(f'the page takes {len(html.encode())} bytes, at most {PAGE_BYTES} allowed', 'PAGE')
     return html
 
-# %% ../nbs/26_report.ipynb #650607c0
+# %% ../nbs/26_report.ipynb #a5752e49
 def _acquisition(case, t): # rows of the table
     f, g, rows = case.facts, case.geometry, []
     say = lambda key,value: rows.append((t(key), value)) if value not in (None, '', '—') else None
@@ -113,7 +103,7 @@ def case_report(
         acquisition=_acquisition(case, t), settings=_settings(case, t), software=list(software().items()), times=times,
         **_pictures(case))
 
-# %% ../nbs/26_report.ipynb #4c1017c8
+# %% ../nbs/26_report.ipynb #bad0cc29
 def case_picture(
     case:CaseResult, # with its pixels
 ) -> Picture: # None where the pixels were not kept; about 10 kB

@@ -208,7 +208,7 @@ def test_outline_is_the_border():
         cells = [(float(x), float(y), float(n), float(k)) for x, y, n, k in
                  re.findall(r'M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)', area)]
         back = np.zeros_like(a)
-        for x, y, n, k in cells: back[round(y/2), round(x/3):round((x+n)/3)] = True
+        for x, y, n, _ in cells: back[round(y/2), round(x/3):round((x+n)/3)] = True
         assert np.array_equal(back, a)
 
 
