@@ -26,6 +26,21 @@ def scan(slices, size=512):
     return CTVolume(out, Geometry.from_spacing(out.shape, (3, .4, .4)))
 
 
+def like_a_scanner(ds, k):
+    "The rest of a header: a scanner writes some hundred attributes, references to other images and kilobytes of its own"
+    for i,key in enumerate(('InstitutionName', 'StationName', 'InstitutionalDepartmentName', 'ProtocolName', 'RequestedProcedureDescription')):
+        setattr(ds, key, f'synthetic {i}')
+    for key in ('DataCollectionDiameter', 'ReconstructionDiameter', 'DistanceSourceToDetector', 'DistanceSourceToPatient', 'TableHeight',
+                'GantryDetectorTilt', 'GeneratorPower', 'FocalSpots', 'SliceLocation', 'WindowCenter', 'WindowWidth'): setattr(ds, key, '1')
+    for key in ('ExposureTime', 'XRayTubeCurrent', 'Exposure'): setattr(ds, key, 100)
+    for key in ('ReferencedStudySequence', 'ReferencedPatientSequence', 'SourceImageSequence', 'ReferencedImageSequence'):
+        item = pydicom.Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = ds.SOPClassUID, f'{ds.SeriesInstanceUID}.{k}'
+        setattr(ds, key, [item])
+    own = ds.private_block(0x0029, 'SYNTHETIC', create=True)
+    for i,n in enumerate((2048, 1024)): own.add_new(i, 'OB', bytes(range(256))*(n//256))
+
+
 def ours(folder, workers=None):
     "All that `jfr2020` does: walk the folder, read and check every header, read the pixels"
     return read_series(find_series(folder)[0].series, workers).data
@@ -41,13 +56,21 @@ def raw(series):
     return out
 
 
-def sitk_reader(folder, names=None):
-    "ImageSeriesReader, with the sorting of names by GDCM unless they are given"
+def sitk_array(folder):
+    "As its users do: names sorted by GDCM, ImageSeriesReader, an array of their own"
     import SimpleITK as sitk
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(names or sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    return sitk.GetArrayFromImage(reader.Execute())
+
+
+def sitk_least(names):
+    "The least it can do: names given in order, no checks, the array not copied"
+    import SimpleITK as sitk
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(names)
     image = reader.Execute()
-    return image, sitk.GetArrayViewFromImage(image) # no copy: the view needs its image
+    return image, sitk.GetArrayViewFromImage(image) # the view needs its image
 
 
 def naive(folder):
@@ -82,12 +105,12 @@ def memory(title, methods, volume_mib, target):
 
 def plain(folder, slices, rounds):
     ct = scan(slices)
-    write_series(ct, folder)
+    write_series(ct, folder, edit=like_a_scanner)
     series = find_series(folder)[0].series
     names = [str(p) for p in series.files]
     methods = {'limit: the bytes alone': lambda: raw(series), 'jfr2020: folder to volume': lambda: ours(folder),
         'jfr2020: headers and checks alone': lambda: find_series(folder), 'jfr2020: pixels alone': lambda: read_series(series),
-        'SimpleITK: folder to volume': lambda: sitk_reader(folder), 'SimpleITK: names given and sorted': lambda: sitk_reader(folder, names),
+        'SimpleITK: folder to volume': lambda: sitk_array(folder), 'SimpleITK: names given, array not copied': lambda: sitk_least(names),
         'pydicom, the usual way (float64)': lambda: naive(folder)}
     for n,f in methods.items():
         if 'headers' in n or 'limit' in n: continue
@@ -102,10 +125,10 @@ def plain(folder, slices, rounds):
 
 def packed(folder, syntax, slices=24, rounds=5):
     ct, threads = scan(slices), os.cpu_count()
-    series = find_series(write_series(ct, folder, Protocol(syntax=syntax))[0].parent)[0].series
+    series = find_series(write_series(ct, folder, Protocol(syntax=syntax), edit=like_a_scanner)[0].parent)[0].series
     size = sum(p.stat().st_size for p in series.files)
     methods = {f'jfr2020: folder to volume, {threads} threads': lambda: ours(folder), 'jfr2020: folder to volume, 1 thread': lambda: ours(folder, 1),
-        'pydicom and its plugins (float64)': lambda: naive(folder), 'SimpleITK: folder to volume': lambda: sitk_reader(folder)}
+        'pydicom and its plugins (float64)': lambda: naive(folder), 'SimpleITK: folder to volume': lambda: sitk_array(folder)}
     for n,f in methods.items(): check(n, f(), ct)
     table(f'{syntax}, {slices} x 512 x 512, packed {ct.data.nbytes/size:.2f} times', interleaved(methods, rounds), next(iter(methods)),
           'pydicom >= 1.7 on two free cores')
