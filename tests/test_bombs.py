@@ -19,7 +19,7 @@ MEMORY_MB, SECONDS = 300, 10
 
 def measured(path):
     "Verdicts of `find_series` in a process of its own, which may grow by 300 MB and take 10 s"
-    code = f'''
+    code = '''
 import resource, sys, time
 from jfr2020.io.series import find_series
 import pydicom, numpy

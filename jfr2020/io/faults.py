@@ -6,7 +6,7 @@
 __all__ = ['GAP_TOLERANCE', 'TILT_DEG', 'SPACING_MM', 'GAP_MM', 'SLOPE', 'INTERCEPT', 'slice_normal', 'sort_slices', 'check_kind',
            'check_unmixed', 'check_coding', 'check_hu', 'check_rescale', 'check_inverted', 'check_grid', 'remarks']
 
-# %% ../../nbs/08a_io.faults.ipynb #ef42b485
+# %% ../../nbs/08a_io.faults.ipynb #387451d6
 import math
 from collections import Counter
 
@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08a_io.faults.ipynb #040bf9db
+# %% ../../nbs/08a_io.faults.ipynb #5fdb6229
 GAP_TOLERANCE = .01 # of the median gap: slices farther off are not one regular stack
 TILT_DEG = 1. # degrees between the stacking direction and the slice normal, above: a tilted gantry
 SPACING_MM = .1, 2. # pixel spacing of a CT
@@ -29,7 +29,7 @@ _MAPS = {'PERFUSION', 'RCBF', 'RCBV', 'MTT', 'TTP', 'SUBTRACTION', 'DIVISION', '
 _SECONDARY = '1.2.840.10008.5.1.4.1.1.7' # Secondary Capture, plain and multi-frame
 _CT = {'1.2.840.10008.5.1.4.1.1.2'} | ENHANCED
 
-# %% ../../nbs/08a_io.faults.ipynb #3b36d4e8
+# %% ../../nbs/08a_io.faults.ipynb #da3b8f05
 def slice_normal(
     h:Header, # of one slice
 ) -> np.ndarray: # (3,) LPS unit vector, or None without a usable orientation
@@ -45,12 +45,11 @@ def sort_slices(
     "Headers in the order of their positions"
     headers = [o for h in headers for o in h.each_frame()]
     n = next((n for n in map(slice_normal, headers) if n is not None), np.array([0,0,1.]))
-    def where(h):
-        p = h.numbers('ImagePositionPatient', 3)
-        return (0, float(np.dot(p, n))) if p is not None and np.isfinite(p).all() else (1, 0.)
-    return sorted(headers, key=where)
+    nowhere = (np.nan,)*3
+    z = np.array([h.numbers('ImagePositionPatient', 3) or nowhere for h in headers]) @ n
+    return [headers[i] for i in np.argsort(np.where(np.isfinite(z), z, np.inf), kind='stable')]
 
-# %% ../../nbs/08a_io.faults.ipynb #b4e29a76
+# %% ../../nbs/08a_io.faults.ipynb #80c15b8b
 def _place(headers, i):
     p = headers[i].numbers('ImagePositionPatient', 3)
     return f'slice {i} at z={p[2]:.2f} mm' if p else f'file {headers[i].path.name}'
@@ -66,62 +65,78 @@ def _same(headers, keyword, fix='export the series again, one reconstruction onl
     text = f'{keyword} is {seen[0]} in {_place(headers, 0)} and {seen[i]} in {_place(headers, i)}'
     _refuse(f'VARIES_{keyword}', f'{text}: {len(set(seen))} values in {len(seen)} slices', fix)
 
+def _first_of(headers, *keywords):
+    "The first slice of each way in which the slices fill `keywords`: mostly slice 0 alone"
+    seen = {}
+    for i,h in enumerate(headers): seen.setdefault(tuple([h.raw.get(k) for k in keywords]), i)
+    return list(seen.values())
+
+def _numbers(headers, keyword, n):
+    "The `n` numbers of each slice, (slices, n); refused where they are absent or none"
+    raws, known = [h.raw.get(keyword) for h in headers], {}
+    for i,raw in enumerate(raws):
+        if raw in known: continue
+        known[raw] = headers[i].numbers(keyword, n)
+        if known[raw] is not None: continue
+        found = headers[i].get(keyword)
+        text = 'is absent' if found is None else f'must be {n} numbers, found {str(found)[:40]!r}'
+        fix = 'export the series with its full header'
+        _refuse(f'MISSING_{keyword}', f'{keyword} {text} in {_place(headers, i)}', fix)
+    return np.array([known[raw] for raw in raws])
+
 def _same_numbers(headers, keyword, n, tol):
-    "Refuse `n` numbers that are missing, or differ by more than `tol` between slices"
-    if len({h.raw.get(keyword) for h in headers}) == 1 and headers[0].numbers(keyword, n): return
-    first = None
-    for i,h in enumerate(headers):
-        v = h.numbers(keyword, n)
-        if v is None:
-            found = h.get(keyword)
-            text = 'is absent' if found is None else f'must be {n} numbers, found {str(found)[:40]!r}'
-            _refuse(f'MISSING_{keyword}', f'{keyword} {text} in {_place(headers, i)}',
-                    'export the series with its full header')
-        first = first or v
-        if not max(abs(a-b) for a,b in zip(v, first)) <= tol:
-            a, b = (', '.join(f'{o:g}' for o in t) for t in (first, v))
-            _refuse(f'VARIES_{keyword}', f'{keyword} is {a} in {_place(headers, 0)} and {b} in {_place(headers, i)}')
+    "Refuse `n` numbers that are missing, or differ by more than `tol` from those of slice 0"
+    v = _numbers(headers, keyword, n)
+    off = np.flatnonzero(~(np.abs(v-v[0]).max(1) <= tol))
+    if not len(off): return
+    a, b = (', '.join(f'{o:g}' for o in t) for t in (v[0], v[off[0]]))
+    _refuse(f'VARIES_{keyword}', f'{keyword} is {a} in {_place(headers, 0)} and {b} in {_place(headers, int(off[0]))}')
 
 def _range(headers, keyword, n, lo, hi, code):
-    "Refuse numbers outside `lo..hi`, nan included"
-    for i,h in enumerate(headers):
-        v = h.numbers(keyword, n)
-        if not all(lo <= o <= hi for o in v):
-            found = ', '.join(f'{o:g}' for o in v)
-            _refuse(code, f'{keyword} must be {lo:g}..{hi:g}, found {found} in {_place(headers, i)}',
-                    'export the series with its original header')
-        if len({o.raw[keyword] for o in headers}) == 1: return
+    "Refuse numbers that are missing or outside `lo..hi`, nan included"
+    v = _numbers(headers, keyword, n)
+    off = np.flatnonzero(~((v >= lo) & (v <= hi)).all(1))
+    if not len(off): return
+    found = ', '.join(f'{o:g}' for o in v[off[0]])
+    _refuse(code, f'{keyword} must be {lo:g}..{hi:g}, found {found} in {_place(headers, int(off[0]))}',
+            'export the series with its original header')
 
-# %% ../../nbs/08a_io.faults.ipynb #2ea18e0d
+# %% ../../nbs/08a_io.faults.ipynb #c33679ac
 def _words(h): # of ImageType, single words
     many = lambda v: v if isinstance(v, tuple) else () if v is None else (v,)
     return {o for k in ('ImageType', 'FrameType') for v in many(h.get(k)) for o in (v, *str(v).split())}
+
+_SCOUTS = {'LOCALIZER', 'SCOUT', 'TOPOGRAM'}
+
+def _check_modality(headers):
+    other = Counter(str(h.get('Modality', 'absent')) for h in headers if h.get('Modality') != 'CT')
+    text = f'Modality is {", ".join(other)} in {other.total()} of {len(headers)} files, CT is scored'
+    if other: _refuse('NOT_CT', text, 'choose a CT series')
+
+def _check_scouts(headers):
+    scouts = [i for i,h in enumerate(headers) if _words(h) & _SCOUTS]
+    if scouts:
+        first = _place(headers, scouts[0])
+        _refuse('LOCALIZER', f'{len(scouts)} of {len(headers)} images are localizers, the first is {first}',
+                'take the localizer out' if len(scouts) < len(headers) else 'choose another series')
 
 def check_kind(
     headers, # of one series, sorted
 ):
     "Refuse what is no original CT slice in HU"
-    other = Counter(str(h.get('Modality', 'absent')) for h in headers if h.get('Modality') != 'CT')
-    if other:
-        text = f'Modality is {", ".join(other)} in {other.total()} of {len(headers)} files, CT is scored'
-        _refuse('NOT_CT', text, 'choose a CT series')
-    words = [_words(h) for h in headers]
-    scouts = [i for i,w in enumerate(words) if w & {'LOCALIZER', 'SCOUT', 'TOPOGRAM'}]
-    if scouts:
-        first = _place(headers, scouts[0])
-        _refuse('LOCALIZER', f'{len(scouts)} of {len(headers)} images are localizers, the first is {first}',
-                'take the localizer out' if len(scouts) < len(headers) else 'choose another series')
-    for i,(h,w) in enumerate(zip(headers, words)):
-        sop, say = str(h.get('SOPClassUID')
-                       or h.get('MediaStorageSOPClassUID')), f'ImageType of {_place(headers, i)} says '
+    kinds = _first_of(headers, 'Modality', 'ImageType', 'FrameType', 'SOPClassUID', 'MediaStorageSOPClassUID')
+    if any(headers[i].get('Modality') != 'CT' for i in kinds): _check_modality(headers)
+    if any(_words(headers[i]) & _SCOUTS for i in kinds): _check_scouts(headers)
+    for i in kinds:
+        h, w, where = headers[i], _words(headers[i]), _place(headers, i)
+        sop, made, maps = str(h.get('SOPClassUID') or h.get('MediaStorageSOPClassUID')), w & _MADE, w & _MAPS
         if sop.startswith(_SECONDARY) or 'SCREEN SAVE' in w:
-            _refuse('SECONDARY_CAPTURE', f'{_place(headers, i)} is a capture, no slice', 'choose the original series')
+            _refuse('SECONDARY_CAPTURE', f'{where} is a capture, no slice', 'choose the original series')
         if sop.startswith('1.2.840.10008.') and sop not in _CT:
-            _refuse('NOT_CT', f'SOP class {sop} of {_place(headers, i)} is no CT image', 'choose a CT series')
-        if w & _MADE: _refuse('REFORMAT', say + f'{", ".join(sorted(w & _MADE))}: made from slices',
-                              'choose the original slices')
-        if w & _MAPS: _refuse('NOT_HU', say + f'{", ".join(sorted(w & _MAPS))}: a map, not HU',
-                              'choose the original slices')
+            _refuse('NOT_CT', f'SOP class {sop} of {where} is no CT image', 'choose a CT series')
+        say = f'ImageType of {where} says {", ".join(sorted(made | maps))}'
+        if made: _refuse('REFORMAT', f'{say}: made from other slices', 'choose the original slices')
+        if maps: _refuse('NOT_HU', f'{say}: a map, not HU', 'choose the original slices')
 
 def check_unmixed(
     headers, # of one series, sorted
@@ -132,74 +147,69 @@ def check_unmixed(
         n = len({h.patient for h in headers})
         _refuse('MIXED_PATIENTS', f'{n} patients under one series UID, the second from {_place(headers, i)}',
                 'separate the patients')
-    for k in ('StudyInstanceUID', 'FrameOfReferenceUID', 'ConvolutionKernel', 'KVP',
-              'ContrastBolusAgent'): _same(headers, k)
+    for k in ('StudyInstanceUID', 'FrameOfReferenceUID', 'ConvolutionKernel', 'KVP', 'ContrastBolusAgent'):
+        _same(headers, k)
 
-# %% ../../nbs/08a_io.faults.ipynb #c6fdb278
+# %% ../../nbs/08a_io.faults.ipynb #f96e8799
 def _check_file(headers, i):
-    "Refuse a file whose pixels are absent, cut short or beyond the limits"
-    h = headers[i]
-    check_pixels(h.get, h.path.name)
+    "Refuse a file whose pixels are absent, cut short or of an unknown syntax"
+    h, where = headers[i], _place(headers, i)
     if h.offset < 0 and any(o.offset >= 0 for o in headers):
-        _refuse('TRUNCATED', f'the file of {_place(headers, i)} ends before its pixels', 'copy the file again')
-    if h.offset < 0:
-        _refuse('NO_PIXELS', f'there are no pixels in {_place(headers, i)}',
-                'choose an image series, or copy the file again')
-    if h.remark == 'CUT':
-        need = f'{h.offset+h.length} are needed' if h.length >= 0 and h.offset else 'the last fragment is cut'
-        _refuse('TRUNCATED', f'the pixels of {_place(headers, i)} end early: its file has {h.size} bytes, {need}',
-                'copy it again')
+        _refuse('TRUNCATED', f'the file of {where} ends before its pixels', 'copy the file again')
+    if h.offset < 0: _refuse('NO_PIXELS', f'there are no pixels in {where}', 'choose an image series')
     if h.syntax not in SYNTAXES:
         _refuse('UNSUPPORTED_SYNTAX', f'transfer syntax {h.syntax} is not read', 'export the series uncompressed')
+    need = f'{h.offset+h.length} are needed' if h.length >= 0 and h.offset else 'the last part is cut'
+    _refuse('TRUNCATED', f'the pixels of {where} end early: its file has {h.size} bytes, {need}', 'copy the file again')
 
-def _check_length(headers, i):
-    "Refuse a file with more or fewer bytes of pixels than its header needs"
-    h = headers[i]
-    frames = h.numbers('NumberOfFrames')
-    need = h.get('Rows')*h.get('Columns')*(h.get('BitsAllocated')//8)*(int(frames[0]) if frames else 1)
-    native = not h.syntax.startswith(('1.2.840.10008.1.2.4.', '1.2.840.10008.1.2.5'))
-    if native != (h.length >= 0):
-        _refuse('PIXEL_LENGTH', f'{SYNTAXES[h.syntax]} and the form of the pixels disagree in {_place(headers, i)}')
-    if native and not need <= h.length <= need + need%2:
-        _refuse('PIXEL_LENGTH' if h.length > need else 'TRUNCATED',
-                f'{need} bytes of pixels are needed, {h.length} are in {_place(headers, i)}', 'copy the file again')
+def _check_lengths(headers, need):
+    "Refuse files with more or fewer than the `need` bytes of pixels; compressed ones have fragments instead"
+    for i,h in enumerate(headers):
+        native = not h.syntax.startswith(('1.2.840.10008.1.2.4.', '1.2.840.10008.1.2.5'))
+        if (need <= h.length <= need + need%2) if native else h.length < 0: continue
+        text = f'{need} bytes of pixels are needed, {h.length} are in {_place(headers, i)}'
+        if not native or h.length < 0: text = f'{SYNTAXES[h.syntax]} and its pixels disagree in {_place(headers, i)}'
+        _refuse('TRUNCATED' if native and 0 <= h.length < need else 'PIXEL_LENGTH', text, 'copy the file again')
+
+def _check_frames(headers, frames):
+    "Refuse a multi-frame file without a position for each frame"
+    for path,n in Counter(h.path for h in headers).items():
+        text = f'{frames:g} frames in {path.name}, but positions for {n}'
+        if n != frames: _refuse('MULTIFRAME', text, 'export single slices')
 
 def check_coding(
     headers, # of one series, sorted
 ):
     "Refuse pixels that are absent, cut short, or of differing size or coding"
-    for i in range(len(headers)): _check_file(headers, i)
-    for k in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'SamplesPerPixel'):
-        _same_numbers(headers, k, 1, 0)
+    for i in _first_of(headers, 'Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'BitsAllocated'):
+        check_pixels(headers[i].get, headers[i].path.name)
+    for i,h in enumerate(headers):
+        if h.offset < 0 or h.remark == 'CUT' or h.syntax not in SYNTAXES: _check_file(headers, i)
+    whole = ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation')
+    for k in (*whole, 'SamplesPerPixel'): _same_numbers(headers, k, 1, 0)
     for k in ('PhotometricInterpretation', 'NumberOfFrames'): _same(headers, k)
     h = headers[0]
-    light, samples = h.get('PhotometricInterpretation'), h.get('SamplesPerPixel')
+    light, samples, frames = h.get('PhotometricInterpretation'), h.get('SamplesPerPixel'), h.numbers('NumberOfFrames')
     if samples != 1 or light not in ('MONOCHROME1', 'MONOCHROME2'):
         _refuse('PHOTOMETRIC', f'{light} with {samples} samples a pixel is no CT slice', 'choose a CT series')
-    rows, columns, has, used, high, sign = (int(h.get(k)) for k in (
-        'Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'))
+    rows, columns, has, used, high, sign = (int(h.get(k)) for k in whole)
     if not (has in (8, 16, 32) and 1 <= used <= high+1 <= has and sign in (0, 1) and rows and columns):
-        _refuse('PIXEL_CODING', f'{rows} x {columns} pixels of {has} bits, {used} stored, high bit {high}, sign {sign}')
-    files = Counter(h.path for h in headers)
-    for i,h in enumerate(headers):
-        _check_length(headers, i)
-        frames = h.numbers('NumberOfFrames')
-        if frames and frames[0] != files[h.path]:
-            _refuse('MULTIFRAME', f'{frames[0]:g} frames in {h.path.name}, but positions for {files[h.path]}',
-                    'export single slices')
+        text = f'{rows} x {columns} pixels of {has} bits, {used} stored, high bit {high}, sign {sign}'
+        _refuse('PIXEL_CODING', f'{text}: no coding of a CT slice')
+    _check_lengths(headers, rows*columns*has//8*int(frames[0] if frames else 1))
+    if frames: _check_frames(headers, frames[0])
 
 def check_hu(
     headers, # of one series, sorted
 ):
     "Refuse slices without a plausible slope and intercept to HU"
     for k,(lo,hi) in (('RescaleSlope', SLOPE), ('RescaleIntercept', INTERCEPT)):
-        _same_numbers(headers, k, 1, np.inf)
         _range(headers, k, 1, lo, hi, f'{k.removeprefix("Rescale").upper()}_RANGE')
     _same(headers, 'RescaleType')
     unit = str(headers[0].get('RescaleType', 'HU')).upper()
     if unit != 'HU' and not unit.startswith('HOUN'): _refuse('RESCALE_TYPE', f'RescaleType is {unit}, HU are scored')
 
-# %% ../../nbs/08a_io.faults.ipynb #8933c33d
+# %% ../../nbs/08a_io.faults.ipynb #3f0b1173
 def _rescale(h): return h.numbers('RescaleSlope')[0], h.numbers('RescaleIntercept')[0]
 
 def _stored(h):
@@ -241,14 +251,14 @@ def check_inverted(
     return (Finding('PHOTOMETRIC', 'MONOCHROME1: shown inverted; the stored values are not, and are taken as they are'),
             )
 
-# %% ../../nbs/08a_io.faults.ipynb #9d7870aa
+# %% ../../nbs/08a_io.faults.ipynb #1309bf32
 def _check_plane(headers):
     "Refuse positions, orientation or spacing that are absent, out of range or different; their common normal and tilt"
-    for k,n,tol in (('ImagePositionPatient', 3, np.inf), ('ImageOrientationPatient', 6, 1e-3),
-                    ('PixelSpacing', 2, 1e-4)):
-        _same_numbers(headers, k, n, tol)
     _range(headers, 'ImagePositionPatient', 3, -1e4, 1e4, 'POSITION_RANGE')
+    _range(headers, 'ImageOrientationPatient', 6, -1.01, 1.01, 'ORIENTATION')
     _range(headers, 'PixelSpacing', 2, *SPACING_MM, 'SPACING_RANGE')
+    _same_numbers(headers, 'ImageOrientationPatient', 6, 1e-3)
+    _same_numbers(headers, 'PixelSpacing', 2, 1e-4)
     v = np.array(headers[0].numbers('ImageOrientationPatient', 6)).reshape(2, 3)
     if not np.allclose(v @ v.T, np.eye(2), atol=5e-3):
         _refuse('ORIENTATION', f'row and column must be perpendicular unit vectors, found {v.round(4).tolist()}')
@@ -312,14 +322,13 @@ def check_grid(
 ) -> np.ndarray: # (4,4), index (d,h,w) -> LPS+ mm
     "Affine of a regular stack of slices, or the refusal of another one"
     n = _check_plane(headers)
-    p = np.array([h.numbers('ImagePositionPatient', 3) for h in headers])
+    p = _numbers(headers, 'ImagePositionPatient', 3)
     if len(p) > 1:
         _check_tilt(headers, p, n)
         step = _check_gaps(headers, p @ n)
     if len(p) < fewest:
         _refuse('TOO_FEW_SLICES', f'at least {fewest} slices are needed, found {len(p)}', 'give the whole series')
     if len(p) == 1:
-        _same_numbers(headers, 'SliceThickness', 1, np.inf)
         _range(headers, 'SliceThickness', 1, *GAP_MM, 'GAP_RANGE')
         step = headers[0].numbers('SliceThickness')[0]
     v, s = np.array(headers[0].numbers('ImageOrientationPatient', 6)).reshape(2, 3), headers[0].numbers('PixelSpacing',
@@ -329,7 +338,7 @@ def check_grid(
     A[:3,1], A[:3,2], A[:3,3] = v[1]*s[0], v[0]*s[1], p[0]
     return A
 
-# %% ../../nbs/08a_io.faults.ipynb #b553e8aa
+# %% ../../nbs/08a_io.faults.ipynb #f563dc92
 def _numbering(headers):
     "Findings about instance numbers: they do not order the stack, but an absent number may be an absent slice"
     have = sorted({v for h in headers if isinstance(v := h.get('InstanceNumber'), int)})

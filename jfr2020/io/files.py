@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['walk_files', 'unpack_zip', 'input_files', 'check_manifest']
 
-# %% ../../nbs/08_io.files.ipynb #9e6ccf7b
+# %% ../../nbs/08_io.files.ipynb #7a1cc6c6
 import hashlib, os, stat, tempfile, zipfile
 from pathlib import Path
 
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08_io.files.ipynb #920b608b
+# %% ../../nbs/08_io.files.ipynb #03010e11
 def walk_files(
     root, # a folder, or one file
 ):
@@ -34,7 +34,7 @@ def walk_files(
                                                            'give a part of the tree')
             yield Path(e.path)
 
-# %% ../../nbs/08_io.files.ipynb #eeb872ed
+# %% ../../nbs/08_io.files.ipynb #3b3e7d6d
 def _check_member(m, name):
     "Raise for a member of an archive that is not a plain file with a plain name and an honest size"
     kind, parts = stat.S_IFMT(m.external_attr >> 16), m.filename.replace('\\', '/').split('/')
@@ -75,7 +75,7 @@ def unpack_zip(
                                'copy it again') from e
     return out
 
-# %% ../../nbs/08_io.files.ipynb #4f111cac
+# %% ../../nbs/08_io.files.ipynb #898930c2
 _KEPT = [] # temporary folders, removed when the program ends
 
 def input_files(
@@ -92,13 +92,13 @@ def input_files(
     if not source.exists(): raise DicomSeriesError(f'{source.name} does not exist', 'NOT_FOUND', 'check its name')
     return walk_files(source)
 
-# %% ../../nbs/08_io.files.ipynb #6d72200f
+# %% ../../nbs/08_io.files.ipynb #500f3fbf
 def check_manifest(
     paths, # of one series
 ):
     "Compare the files with the `manifest.sha256` of their folder, where there is one"
     paths = [Path(p) for p in paths]
-    for folder in sorted({p.parent for p in paths}):
+    for folder in map(Path, sorted({os.path.dirname(p) for p in paths})):
         if not (folder/'manifest.sha256').is_file(): continue
         lines = (folder/'manifest.sha256').read_text(errors='replace')[:64 << 20].splitlines()
         pairs = (l.split(None, 1) for l in lines if len(l.split(None, 1)) == 2)

@@ -6,8 +6,8 @@
 __all__ = ['LIMITS', 'TAGS', 'DEFLATED', 'SYNTAXES', 'ENHANCED', 'Limits', 'Header', 'open_regular', 'check_pixels',
            'read_dataset', 'read_header']
 
-# %% ../../nbs/07_io.header.ipynb #1da00b9b
-import hashlib, io, os, re, stat, struct, warnings, zlib
+# %% ../../nbs/07_io.header.ipynb #f25402d1
+import io, os, re, stat, struct, warnings, zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..errors import *
 
-# %% ../../nbs/07_io.header.ipynb #1f16700e
+# %% ../../nbs/07_io.header.ipynb #b0710560
 @dataclass(frozen=True)
 class Limits:
     "What a file, a folder or an archive may claim before it is refused"
@@ -34,7 +34,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../../nbs/07_io.header.ipynb #5c694b01
+# %% ../../nbs/07_io.header.ipynb #84daa9a2
 _KEEP = '''
 00020002 UI MediaStorageSOPClassUID | 00020010 UI TransferSyntaxUID | 00080005 CS SpecificCharacterSet
 00080008 CS ImageType | 00089007 CS FrameType | 00080016 UI SOPClassUID
@@ -67,7 +67,7 @@ _NAMES = {'': 'Implicit VR Little Endian', '.1': 'Explicit VR Little Endian', '.
 SYNTAXES = {'1.2.840.10008.1.2'+k: v for k,v in _NAMES.items()} # transfer syntax UID -> name, those that may be read
 ENHANCED = {'1.2.840.10008.5.1.4.1.1.2.1', '1.2.840.10008.5.1.4.1.1.2.2'} # Enhanced CT, Legacy Converted Enhanced CT
 
-# %% ../../nbs/07_io.header.ipynb #81f16aaa
+# %% ../../nbs/07_io.header.ipynb #56697b0a
 @lru_cache(maxsize=16384)
 def _value(vr, raw, codec, signed):
     "Bytes of one attribute -> str, int, float, or a tuple of them"
@@ -76,6 +76,7 @@ def _value(vr, raw, codec, signed):
         out = struct.unpack(f'<{len(raw)//2}{"h" if vr == "XS" and signed else "H"}', raw)
         return out[0] if len(out) == 1 else out
     out = tuple(o.strip(' \0') for o in raw.decode(codec, 'replace').split('\\'))
+    if vr == 'UI': out = tuple(o.strip() for o in out)
     if vr == 'DS': out = tuple(_number(float, o) for o in out)
     if vr == 'IS': out = tuple(_number(int, o) for o in out)
     return out[0] if len(out) == 1 else out
@@ -95,7 +96,7 @@ class Header(NamedTuple):
     how:str # 'walk' or 'pydicom': who read it
     raw:dict # keyword -> bytes, only attributes that are present
     codec:str # python codec of the texts
-    patient:bytes # keyed hash of name and number, comparable within this process
+    patient:int # keyed hash of name and number, comparable within this process
     offset:int # byte where the value of the pixel data begins, -1 when there is none
     length:int # bytes of the pixel data as claimed, -1 when encapsulated in fragments
     fragments:tuple # (offset, length) of each fragment of encapsulated pixels, the offset table first
@@ -132,27 +133,28 @@ class Header(NamedTuple):
         size = f'{self.get("Rows")} x {self.get("Columns")} pixels' if self.offset >= 0 else 'no pixels'
         return f'Header {self.get("Modality")} {SYNTAXES.get(self.syntax, self.syntax)}, {size}, read by {self.how}'
 
-# %% ../../nbs/07_io.header.ipynb #7635f50a
+# %% ../../nbs/07_io.header.ipynb #ec1d725f
 _VR = lambda names: frozenset(struct.unpack('<H', o.encode())[0] for o in names.split())
 _SHORT = _VR('AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US') # 16-bit length
 _LONG = _VR('OB OD OF OL OV OW SQ SV UC UN UR UT UV') # 32-bit length
 _SQ, _US, _SS, _OB, _OW = (min(_VR(o)) for o in ('SQ', 'US', 'SS', 'OB', 'OW'))
 _LE = lambda tag: (tag & 0xFFFF) << 16 | tag >> 16 # a tag as its four bytes read: group, element
-_PIXELS, _OTHER_PIXELS = _LE(0x7FE00010), {_LE(0x7FE00008), _LE(0x7FE00009)}
+_PIXELS = _LE(0x7FE00010)
 _ITEM, _ITEM_END, _SEQUENCE_END, _UNDEFINED = _LE(0xFFFEE000), _LE(0xFFFEE00D), _LE(0xFFFEE0DD), 0xFFFFFFFF
 _WANTED = {_LE(t): (k, {_US, _SS} if vr == 'XS' else _VR(vr)) for k,(t,vr) in TAGS.items()}
+_WANTED |= {_LE(0x7FE00008): ('', ()), _LE(0x7FE00009): ('', ())} # pixels in floats: no value type fits, so ask pydicom
 _head, _pair, _word = (struct.Struct(o).unpack_from for o in ('<IHH', '<II', '<I'))
 
 def _explicit(b, pos, raw, depth):
     "Walk explicit little endian elements -> (word, position, length of the pixels)"
-    last, wanted, head, word, short, long = len(b)-8, _WANTED.get, _head, _word, _SHORT, _LONG
+    last, wanted, head, short = len(b)-8, ({} if depth else _WANTED).get, _head, _SHORT
     while pos <= last:
         tag, vr, n = head(b, pos)
         if vr in short: at = pos + 8
-        elif vr in long:
+        elif vr in _LONG:
             if pos+4 > last: return 'more', pos, 0
-            n, at = word(b, pos+8)[0], pos + 12
-            if depth == 0 and tag == _PIXELS: return ('pixels', at, n) if vr in (_OB, _OW) else ('defer', pos, 0)
+            n, at = _word(b, pos+8)[0], pos + 12
+            if tag == _PIXELS and not depth: return ('pixels', at, n) if vr in (_OB, _OW) else ('defer', pos, 0)
             if n == _UNDEFINED:
                 if vr != _SQ: return 'defer', pos, 0
                 say, pos = _items(b, at, _explicit, depth+1)
@@ -160,21 +162,19 @@ def _explicit(b, pos, raw, depth):
                 continue
         else: return ('item' if depth and tag == _ITEM_END else 'defer'), pos + 8, 0
         pos = at + n
-        keep = wanted(tag)
-        if keep is not None and depth == 0:
+        if (keep := wanted(tag)) is not None:
             if vr not in keep[1]: return 'defer', pos, 0
             raw[keep[0]] = b[at:pos]
-        elif tag in _OTHER_PIXELS and depth == 0: return 'defer', pos, 0
-    return ('end' if pos == len(b) and depth == 0 else 'more'), pos, 0
+    return ('end' if pos == len(b) and not depth else 'more'), pos, 0
 
 def _implicit(b, pos, raw, depth):
     "Walk implicit little endian elements -> (word, position, length of the pixels)"
-    last, wanted, pair = len(b)-8, _WANTED.get, _pair
-    if depth == 0 and b[pos+4:pos+6].isalpha() and b[pos+4:pos+6].isupper(): return 'defer', pos, 0 # looks explicit
+    last, wanted, pair = len(b)-8, ({} if depth else _WANTED).get, _pair
+    if not depth and b[pos+4:pos+6].isalpha() and b[pos+4:pos+6].isupper(): return 'defer', pos, 0 # looks explicit
     while pos <= last:
         tag, n = pair(b, pos)
         at = pos + 8
-        if depth == 0 and tag == _PIXELS: return 'pixels', at, n
+        if tag == _PIXELS and not depth: return 'pixels', at, n
         if tag == _ITEM_END: return ('item' if depth else 'defer'), at, 0
         if n == _UNDEFINED:
             if at > last: return 'more', pos, 0
@@ -182,10 +182,10 @@ def _implicit(b, pos, raw, depth):
             if say: return say, pos, 0
             continue
         pos = at + n
-        keep = wanted(tag)
-        if keep is not None and depth == 0: raw[keep[0]] = b[at:pos]
-        elif tag in _OTHER_PIXELS and depth == 0: return 'defer', pos, 0
-    return ('end' if pos == len(b) and depth == 0 else 'more'), pos, 0
+        if (keep := wanted(tag)) is not None:
+            if not keep[0]: return 'defer', pos, 0
+            raw[keep[0]] = b[at:pos]
+    return ('end' if pos == len(b) and not depth else 'more'), pos, 0
 
 def _items(b, pos, walk, depth):
     "Skip the items of a sequence of undefined length -> ('' or word, position after its end)"
@@ -209,10 +209,13 @@ def _meta(b, raw):
         if vr in _LONG: n, at = _word(b, pos+8)[0], pos + 12
         elif vr not in _SHORT: return 'defer', pos
         pos, keep = at + n, _WANTED.get(tag)
+        if keep and vr not in keep[1]: return 'defer', pos
         if keep: raw[keep[0]] = b[at:pos]
     return ('' if pos+12 <= len(b) else 'more'), pos
 
-# %% ../../nbs/07_io.header.ipynb #448ae449
+# %% ../../nbs/07_io.header.ipynb #17c31d1c
+_FLAGS = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) # a pipe does not block
+
 def _bad(path, text, code='UNREADABLE', fix='export it again', kind=DicomSeriesError): # a refusal about one file
     return kind(f'{Path(path).name} {text}', code, fix)
 
@@ -222,14 +225,14 @@ def open_regular(
     path, # a file's name
 ) -> tuple: # (file descriptor, size in bytes); the caller closes it
     "Open a regular file for reading; a pipe or a device is refused without waiting for it"
-    try: fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
+    try: fd = os.open(path, _FLAGS)
     except OSError as e: raise _bad(path, f'cannot be opened: {e.strerror}', fix='check its permissions') from e
     s = os.fstat(fd)
     if stat.S_ISREG(s.st_mode): return fd, s.st_size
     os.close(fd)
     raise _bad(path, 'is not a regular file', fix='give files and folders')
 
-# %% ../../nbs/07_io.header.ipynb #30f0557f
+# %% ../../nbs/07_io.header.ipynb #5ea5f111
 def check_pixels(
     get, # (keyword, default) -> value: the `get` of a `Header` or of a pydicom dataset
     name:str, # what a refusal calls the file
@@ -245,8 +248,8 @@ def check_pixels(
         gib = LIMITS.decoded_bytes >> 30
         raise LimitError(f'{name}: {n/2**30:.1f} GiB of pixels, at most {gib} are read', 'LIMIT_BYTES')
 
-# %% ../../nbs/07_io.header.ipynb #90bd7ee3
-def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').strip(' \0')
+# %% ../../nbs/07_io.header.ipynb #092669b9
+def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').strip(' \0').strip()
 
 def _inflate(f, path):
     "The deflated file `f` as an explicit one in memory, refused beyond the ratio of `LIMITS`"
@@ -291,7 +294,7 @@ def read_dataset(
     "Read a file with pydicom inside `LIMITS`, turning all it may raise into a `DicomSeriesError`"
     return _dataset(Path(path), pixels)[0]
 
-# %% ../../nbs/07_io.header.ipynb #53c72868
+# %% ../../nbs/07_io.header.ipynb #381e72d6
 _CODECS = {b'': 'latin-1', b'ISO_IR 6': 'latin-1', b'ISO_IR 100': 'latin-1', b'ISO_IR 192': 'utf-8'} # others: pydicom
 _TEXTS = [k for k,(_,vr) in TAGS.items() if vr in ('LO', 'SH')]
 _KEY = os.urandom(16) # of this process: patients are compared, never known
@@ -299,7 +302,7 @@ _KEY = os.urandom(16) # of this process: patients are compared, never known
 def _patient(raw, codec):
     "Take name and number out of `raw`, leaving their keyed hash"
     who = [raw.pop(k, b'').decode(codec, 'replace').strip(' ^\0') for k in ('PatientName', 'PatientID')]
-    return hashlib.blake2b('\0'.join(who).encode(), digest_size=8, key=_KEY).digest()
+    return hash((_KEY, *who))
 
 
 def _encode(value, vr):
@@ -346,7 +349,7 @@ def _by_pydicom(path, size, remark):
     if unpacked and at > 0: remark, at = ('CUT' if at+n > unpacked else remark), 0
     return Header(path, size, syntax, 'pydicom', raw, 'utf-8', _patient(raw, 'utf-8'), at, n, (), remark, frames)
 
-# %% ../../nbs/07_io.header.ipynb #63fc38b0
+# %% ../../nbs/07_io.header.ipynb #8aacdf47
 _PROGRAMS = {b'MZ': 'a Windows program', b'\x7fELF': 'a Linux program', b'#!': 'a script',
              b'\xca\xfe\xba\xbe': 'a Mac program', b'\xcf\xfa\xed\xfe': 'a Mac program'}
 _STARTS = (b'\x02\0', b'\x08\0', b'\0\x02', b'\0\x08') # groups 2 and 8, little and big endian
@@ -368,7 +371,7 @@ def _walk(b):
     "Walk a whole file from its preamble -> (word, raw, syntax, position and length of the pixels)"
     raw = {}
     say, pos = _meta(b, raw)
-    syntax = raw.get('TransferSyntaxUID', b'').rstrip(b'\0 ').decode('ascii', 'replace')
+    syntax = _uid(raw, 'TransferSyntaxUID')
     if say or not syntax or syntax in (DEFLATED, '1.2.840.10008.1.2.2'): return say or 'defer', raw, syntax, 0, 0
     say, at, n = (_implicit if syntax == '1.2.840.10008.1.2' else _explicit)(b, pos, raw, 0)
     return say, raw, syntax, at, n
@@ -389,10 +392,11 @@ def _plain(path, fd, b, size):
     if say in ('more', 'end') and len(b) < size:
         raise _bad(path, f'has no pixels in its first {len(b)>>20} MiB', 'LIMIT_HEADER', kind=LimitError)
     if say == 'more': raise _cut(path, raw, size)
-    remark = next((v for k,v in _PROGRAMS.items() if b.startswith(k)), '')
+    remark = next((v for k,v in _PROGRAMS.items() if b.startswith(k)), '') if b[0] else ''
     codec = _CODECS.get(raw.get('SpecificCharacterSet', b'').rstrip(b' \0'))
-    if (say == 'defer' or codec is None or b'\x1b' in b''.join([raw.get(k, b'') for k in _TEXTS])
-        or _uid(raw, 'SOPClassUID') in ENHANCED): return _by_pydicom(path, size, remark)
+    odd = b'\x1b' in b[:at] and b'\x1b' in b''.join([raw.get(k, b'') for k in _TEXTS]) # an escape to other characters
+    if say == 'defer' or codec is None or odd or _uid(raw, 'SOPClassUID') in ENHANCED:
+        return _by_pydicom(path, size, remark)
     if say == 'end': at = n = -1
     return Header(path, size, syntax, 'walk', raw, codec, _patient(raw, codec), at, n, (), remark)
 
@@ -400,7 +404,7 @@ def read_header(
     path, # a file's name
 ) -> Header: # or None for a file that is no DICOM
     "Read the header of one file: by a bounded walk where it is plain, through pydicom where it is not"
-    path = Path(path)
+    if not isinstance(path, Path): path = Path(path)
     fd, size = open_regular(path)
     try:
         b = os.read(fd, 16384)

@@ -6,7 +6,7 @@
 __all__ = ['SeriesFacts', 'contrast_hint', 'series_facts', 'DicomSeries', 'check_series', 'SeriesEntry', 'find_series',
            'series_table', 'choose_series']
 
-# %% ../../nbs/09_io.series.ipynb #22021146
+# %% ../../nbs/09_io.series.ipynb #607a556c
 import hashlib, re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .header import *
 from .files import *
 from .faults import *
 
-# %% ../../nbs/09_io.series.ipynb #59e096ec
+# %% ../../nbs/09_io.series.ipynb #597282b0
 @dataclass(frozen=True)
 class SeriesFacts:
     "What the headers say of one series; None or '' where they say nothing"
@@ -84,7 +84,7 @@ def series_facts(
         body_part=text('BodyPartExamined'), manufacturer=text('Manufacturer'), model=text('ManufacturerModelName'),
         syntax=SYNTAXES.get(h.syntax, h.syntax), scan_options=many('ScanOptions'), position=text('PatientPosition'))
 
-# %% ../../nbs/09_io.series.ipynb #66a5f8a3
+# %% ../../nbs/09_io.series.ipynb #f09ed51a
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
     "One regular stack of CT slices, checked, without its pixels"
@@ -119,7 +119,7 @@ def check_series(
     return DicomSeries(facts.uid, files, geometry, replace(facts, increment_mm=step), found + remarks(slices, step),
                        tuple(slices))
 
-# %% ../../nbs/09_io.series.ipynb #e6d0d224
+# %% ../../nbs/09_io.series.ipynb #8d8d982c
 @dataclass(frozen=True, eq=False)
 class SeriesEntry:
     "One series found: ready (`series`) or refused (`refusal`)"
@@ -135,7 +135,7 @@ class SeriesEntry:
         if self.refusal: return self.refusal.code
         return ', '.join(['ok', *dict.fromkeys(f.code for f in self.series.findings)])
 
-_DIRECTORY = '1.2.840.10008.1.3.10' # DICOMDIR: names files, is not followed
+_DIRECTORY = b'1.2.840.10008.1.3.10' # DICOMDIR: names files, is not followed
 
 def _read_all(files, progress):
     "(headers, [(path, error)], files read) of all `files`"
@@ -143,7 +143,7 @@ def _read_all(files, progress):
     for n,path in enumerate(files, 1):
         try: h = read_header(path)
         except DicomSeriesError as e: bad.append((path, e)); h = None
-        if h is not None and h.get('MediaStorageSOPClassUID') != _DIRECTORY: headers.append(h)
+        if h and not h.raw.get('MediaStorageSOPClassUID', b'').startswith(_DIRECTORY): headers.append(h)
         if progress: progress(n)
     return headers, bad, n
 
@@ -188,7 +188,8 @@ def _of_input(source, progress, fewest, unpack):
     try: headers, bad, n = _read_all(input_files(source, unpack), progress)
     except DicomSeriesError as e: return [none(e)]
     groups = {}
-    for h in headers: groups.setdefault(h.get('SeriesInstanceUID') or h.path.parent, []).append(h)
+    for h in headers:
+        groups.setdefault(h.raw.get('SeriesInstanceUID', b'').strip(b' \0') or h.path.parent, []).append(h)
     mine = {k: [b for b in bad if _belongs(*b, g)] for k,g in groups.items()}
     out = [_entry(g, str(source), mine[k], fewest) for k,g in groups.items()]
     taken = {p for b in mine.values() for p,_ in b}
@@ -207,7 +208,7 @@ def find_series(
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     return [e for i in inputs for e in _of_input(i, progress, fewest, unpack)]
 
-# %% ../../nbs/09_io.series.ipynb #a481b781
+# %% ../../nbs/09_io.series.ipynb #fed5a1f2
 def series_table(
     entries, # of SeriesEntry
 ): # pandas DataFrame, one row a series
@@ -223,7 +224,7 @@ def series_table(
                          syntax=f.syntax, verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_io.series.ipynb #1984b872
+# %% ../../nbs/09_io.series.ipynb #201d486a
 _SHARP = re.compile(r'bone|lung|edge|sharp|detail|chest|^[a-z]{1,2}[5-9]\d|^fc(3|5|8)\d|^y[a-d]$|^hr', re.I)
 
 def _rank(s):
