@@ -43,7 +43,7 @@ class Storage:
         "Stored values of `hu`; refused when they do not fit"
         s = np.rint((np.asarray(hu, np.float32)-self.intercept)/self.slope)
         low, high = self.limits
-        if s.min() < low or s.max() > high:
+        if not (low <= s.min() and s.max() <= high): # nan neither
             found = f'{hu.min():g}..{hu.max():g} HU'
             raise StoreError(f'{found} do not fit {self.bits} bits with intercept {self.intercept}', 'RANGE')
         return s.astype('<i2' if self.signed else '<u2')
@@ -64,15 +64,19 @@ class Protocol:
 
 SYNTAX_UIDS = dict(explicit='1.2.840.10008.1.2.1', implicit='1.2.840.10008.1.2', big='1.2.840.10008.1.2.2',
     deflated='1.2.840.10008.1.2.1.99', rle='1.2.840.10008.1.2.5',
-    jpegls='1.2.840.10008.1.2.4.80', j2k='1.2.840.10008.1.2.4.90')
-PACKED = ('rle', 'jpegls', 'j2k') # encoded frame by frame
+    jpegll='1.2.840.10008.1.2.4.70', jpegls='1.2.840.10008.1.2.4.80', j2k='1.2.840.10008.1.2.4.90') # all without loss
+PACKED = ('rle', 'jpegll', 'jpegls', 'j2k') # encoded frame by frame
 CT_IMAGE = '1.2.840.10008.5.1.4.1.1.2' # CT Image Storage
 DECIMALS = 6 # of positions and spacings in mm: a millionth, and never over the 16 characters of a decimal string
 
 def _mm(values): return [round(float(v), DECIMALS)+0. for v in values]
 
 def _plane(g): # attributes of the image plane, position of the first slice and step to the next, LPS
-    A = lps2ras(g.affine)
+    A, turn = lps2ras(g.affine), g.axes @ g.axes.T
+    if np.abs(turn - np.eye(3)).max() > 1e-3:
+        angle = float(np.degrees(np.arccos(np.abs(turn - np.diag(np.diag(turn))).max())))
+        found = f'found two at {angle:.1f} degrees'
+        raise GeometryError(f'DICOM slices need perpendicular axes, {found}', fix='resample with onto()')
     rows, columns = A[:3,1]/g.spacing[1], A[:3,2]/g.spacing[2]
     cosines = [f'{c:.10f}'.rstrip('0')[:16] for c in (*columns, *rows)]
     return dict(ImageOrientationPatient=cosines, PixelSpacing=_mm(g.spacing[1:])), A[:3,3], A[:3,0]
@@ -119,11 +123,19 @@ def _file(common, k, n, position, pixels): # one data set
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = CT_IMAGE, uid
     return ds
 
+def _pack_jpegll(ds): # pydicom has no encoder of its own
+    from pydicom.encaps import encapsulate
+    codec = import_extra('imagecodecs', 'codecs', 'writing JPEG Lossless')
+    words = np.frombuffer(ds.PixelData, '<u2').reshape(ds.Rows, ds.Columns)
+    ds.PixelData = encapsulate([codec.ljpeg_encode(words, bitspersample=16)])
+    ds['PixelData'].VR, ds.file_meta.TransferSyntaxUID = 'OB', SYNTAX_UIDS['jpegll']
+
 def _pack(ds, uid):
     from pydicom.pixels import get_encoder
+    if uid == SYNTAX_UIDS['jpegll']: return _pack_jpegll(ds)
     if not get_encoder(uid).is_available:
         raise MissingExtra(f'no encoder for {uid.name}', fix="pip install 'jfr2020[codecs]'")
-    try: ds.compress(uid)
+    try: ds.compress(uid, generate_instance_uid=False)
     except RuntimeError as e:
         raise StoreError(f'{ds.Rows} x {ds.Columns} pixels cannot be encoded as {uid.name}', 'ENCODE') from e
 
