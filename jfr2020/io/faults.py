@@ -6,7 +6,7 @@
 __all__ = ['GAP_TOLERANCE', 'TILT_DEG', 'SPACING_MM', 'GAP_MM', 'SLOPE', 'INTERCEPT', 'slice_normal', 'sort_slices', 'check_kind',
            'check_unmixed', 'check_coding', 'check_hu', 'check_rescale', 'check_inverted', 'check_grid', 'remarks']
 
-# %% ../../nbs/08a_io.faults.ipynb #387451d6
+# %% ../../nbs/08a_io.faults.ipynb #c13c6a81
 import math
 from collections import Counter
 
@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08a_io.faults.ipynb #5fdb6229
+# %% ../../nbs/08a_io.faults.ipynb #2ccc5bca
 GAP_TOLERANCE = .01 # of the median gap: slices farther off are not one regular stack
 TILT_DEG = 1. # degrees between the stacking direction and the slice normal, above: a tilted gantry
 SPACING_MM = .1, 2. # pixel spacing of a CT
@@ -29,7 +29,7 @@ _MAPS = {'PERFUSION', 'RCBF', 'RCBV', 'MTT', 'TTP', 'SUBTRACTION', 'DIVISION', '
 _SECONDARY = '1.2.840.10008.5.1.4.1.1.7' # Secondary Capture, plain and multi-frame
 _CT = {'1.2.840.10008.5.1.4.1.1.2'} | ENHANCED
 
-# %% ../../nbs/08a_io.faults.ipynb #da3b8f05
+# %% ../../nbs/08a_io.faults.ipynb #36de97ca
 def slice_normal(
     h:Header, # of one slice
 ) -> np.ndarray: # (3,) LPS unit vector, or None without a usable orientation
@@ -49,12 +49,20 @@ def sort_slices(
     z = np.array([h.numbers('ImagePositionPatient', 3) or nowhere for h in headers]) @ n
     return [headers[i] for i in np.argsort(np.where(np.isfinite(z), z, np.inf), kind='stable')]
 
-# %% ../../nbs/08a_io.faults.ipynb #80c15b8b
+# %% ../../nbs/08a_io.faults.ipynb #09fb72bc
 def _place(headers, i):
     p = headers[i].numbers('ImagePositionPatient', 3)
     return f'slice {i} at z={p[2]:.2f} mm' if p else f'file {headers[i].path.name}'
 
 def _refuse(code, cause, fix='export the series again from the archive'): raise DicomSeriesError(cause, code, fix)
+
+_UNITS = dict(PixelSpacing=' mm', SliceThickness=' mm', ImagePositionPatient=' mm', KVP=' kV', RescaleIntercept=' HU',
+              RescaleSlope=' HU a step')
+
+def _show(v): # a value as a refusal shows it
+    if v is None: return 'absent'
+    many = v if isinstance(v, (tuple, np.ndarray)) else (v,)
+    return ', '.join(f'{o:g}' if isinstance(o, (int, float)) else str(o) for o in many)[:80]
 
 def _same(headers, keyword, fix='export the series again, one reconstruction only'):
     "Refuse an attribute that differs between slices"
@@ -62,7 +70,7 @@ def _same(headers, keyword, fix='export the series again, one reconstruction onl
     seen = [h.get(keyword) for h in headers]
     i = next((i for i,v in enumerate(seen) if v != seen[0]), None)
     if i is None: return
-    text = f'{keyword} is {seen[0]} in {_place(headers, 0)} and {seen[i]} in {_place(headers, i)}'
+    text = f'{keyword} is {_show(seen[0])} in {_place(headers, 0)} and {_show(seen[i])} in {_place(headers, i)}'
     _refuse(f'VARIES_{keyword}', f'{text}: {len(set(seen))} values in {len(seen)} slices', fix)
 
 def _first_of(headers, *keywords):
@@ -79,7 +87,8 @@ def _numbers(headers, keyword, n):
         known[raw] = headers[i].numbers(keyword, n)
         if known[raw] is not None: continue
         found = headers[i].get(keyword)
-        text = 'is absent' if found is None else f'must be {n} numbers, found {str(found)[:40]!r}'
+        many = 'a number' if n == 1 else f'{n} numbers'
+        text = 'is absent' if found is None else f'must be {many}, found {str(found)[:40]!r}'
         fix = 'export the series with its full header'
         _refuse(f'MISSING_{keyword}', f'{keyword} {text} in {_place(headers, i)}', fix)
     return np.array([known[raw] for raw in raws])
@@ -89,19 +98,19 @@ def _same_numbers(headers, keyword, n, tol):
     v = _numbers(headers, keyword, n)
     off = np.flatnonzero(~(np.abs(v-v[0]).max(1) <= tol))
     if not len(off): return
-    a, b = (', '.join(f'{o:g}' for o in t) for t in (v[0], v[off[0]]))
-    _refuse(f'VARIES_{keyword}', f'{keyword} is {a} in {_place(headers, 0)} and {b} in {_place(headers, int(off[0]))}')
+    i, unit = int(off[0]), _UNITS.get(keyword, '')
+    text = f'{_show(v[0])}{unit} in {_place(headers, 0)} and {_show(v[i])}{unit} in {_place(headers, i)}'
+    _refuse(f'VARIES_{keyword}', f'{keyword} is {text}')
 
 def _range(headers, keyword, n, lo, hi, code):
     "Refuse numbers that are missing or outside `lo..hi`, nan included"
     v = _numbers(headers, keyword, n)
     off = np.flatnonzero(~((v >= lo) & (v <= hi)).all(1))
     if not len(off): return
-    found = ', '.join(f'{o:g}' for o in v[off[0]])
-    _refuse(code, f'{keyword} must be {lo:g}..{hi:g}, found {found} in {_place(headers, int(off[0]))}',
-            'export the series with its original header')
+    text = f'{keyword} must be {lo:g}..{hi:g}{_UNITS.get(keyword, "")}, found {_show(v[off[0]])}'
+    _refuse(code, f'{text} in {_place(headers, int(off[0]))}', 'export the series with its original header')
 
-# %% ../../nbs/08a_io.faults.ipynb #c33679ac
+# %% ../../nbs/08a_io.faults.ipynb #b12822b3
 def _words(h): # of ImageType, single words
     many = lambda v: v if isinstance(v, tuple) else () if v is None else (v,)
     return {o for k in ('ImageType', 'FrameType') for v in many(h.get(k)) for o in (v, *str(v).split())}
@@ -150,7 +159,7 @@ def check_unmixed(
     for k in ('StudyInstanceUID', 'FrameOfReferenceUID', 'ConvolutionKernel', 'KVP', 'ContrastBolusAgent'):
         _same(headers, k)
 
-# %% ../../nbs/08a_io.faults.ipynb #f96e8799
+# %% ../../nbs/08a_io.faults.ipynb #1464e14b
 def _check_file(headers, i):
     "Refuse a file whose pixels are absent, cut short or of an unknown syntax"
     h, where = headers[i], _place(headers, i)
@@ -209,7 +218,7 @@ def check_hu(
     unit = str(headers[0].get('RescaleType', 'HU')).upper()
     if unit != 'HU' and not unit.startswith('HOUN'): _refuse('RESCALE_TYPE', f'RescaleType is {unit}, HU are scored')
 
-# %% ../../nbs/08a_io.faults.ipynb #3f0b1173
+# %% ../../nbs/08a_io.faults.ipynb #2b7d02af
 def _rescale(h): return h.numbers('RescaleSlope')[0], h.numbers('RescaleIntercept')[0]
 
 def _stored(h):
@@ -251,7 +260,7 @@ def check_inverted(
     return (Finding('PHOTOMETRIC', 'MONOCHROME1: shown inverted; the stored values are not, and are taken as they are'),
             )
 
-# %% ../../nbs/08a_io.faults.ipynb #1309bf32
+# %% ../../nbs/08a_io.faults.ipynb #4d75ddbe
 def _check_plane(headers):
     "Refuse positions, orientation or spacing that are absent, out of range or different; their common normal and tilt"
     _range(headers, 'ImagePositionPatient', 3, -1e4, 1e4, 'POSITION_RANGE')
@@ -295,7 +304,7 @@ def _check_twice(headers, gaps, step):
         _refuse('MULTIPLE_PHASES', text, 'export one phase as its own series')
     i, which = int(twice[0]), ' (the same image twice)' if same else ''
     _refuse('DUPLICATE_POSITION', f'{_place(headers, i)} and {_place(headers, i+1)} are at one position{which}; '
-            f'{len(twice)} such pairs', 'remove the copies, or export one reconstruction')
+            f'such pairs: {len(twice)}', 'remove the copies, or export one reconstruction')
 
 def _check_gaps(headers, z):
     "Refuse slices at one position and gaps that are not regular; the gap of the others"
@@ -338,7 +347,7 @@ def check_grid(
     A[:3,1], A[:3,2], A[:3,3] = v[1]*s[0], v[0]*s[1], p[0]
     return A
 
-# %% ../../nbs/08a_io.faults.ipynb #f563dc92
+# %% ../../nbs/08a_io.faults.ipynb #d15c419e
 def _numbering(headers):
     "Findings about instance numbers: they do not order the stack, but an absent number may be an absent slice"
     have = sorted({v for h in headers if isinstance(v := h.get('InstanceNumber'), int)})

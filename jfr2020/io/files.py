@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['walk_files', 'unpack_zip', 'input_files', 'check_manifest']
 
-# %% ../../nbs/08_io.files.ipynb #7a1cc6c6
+# %% ../../nbs/08_io.files.ipynb #af5d9e3c
 import hashlib, os, stat, tempfile, zipfile
 from pathlib import Path
 
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08_io.files.ipynb #03010e11
+# %% ../../nbs/08_io.files.ipynb #214bc8e1
 def walk_files(
     root, # a folder, or one file
 ):
@@ -34,7 +34,7 @@ def walk_files(
                                                            'give a part of the tree')
             yield Path(e.path)
 
-# %% ../../nbs/08_io.files.ipynb #3b3e7d6d
+# %% ../../nbs/08_io.files.ipynb #03410d6a
 def _check_member(m, name):
     "Raise for a member of an archive that is not a plain file with a plain name and an honest size"
     kind, parts = stat.S_IFMT(m.external_attr >> 16), m.filename.replace('\\', '/').split('/')
@@ -64,7 +64,8 @@ def unpack_zip(
             for i,m in enumerate(members):
                 parent = folders.setdefault(os.path.dirname(m.filename), Path(folder)/f'{len(folders):05d}')
                 parent.mkdir(parents=True, exist_ok=True)
-                out.append(parent/f'{i:06d}{Path(m.filename).suffix if Path(m.filename).suffix.isalnum() else ""}')
+                suffix = Path(m.filename).suffix
+                out.append(parent/(f'{i:06d}' + (suffix if suffix[1:].isalnum() else '')))
                 with z.open(m) as src, open(out[-1], 'wb') as dst:
                     while block := src.read(1 << 20):
                         if (left := left-len(block)) < 0: raise LimitError(f'{name} unpacks to more than it says',
@@ -75,7 +76,7 @@ def unpack_zip(
                                'copy it again') from e
     return out
 
-# %% ../../nbs/08_io.files.ipynb #898930c2
+# %% ../../nbs/08_io.files.ipynb #bcdc8cc5
 _KEPT = [] # temporary folders, removed when the program ends
 
 def input_files(
@@ -92,7 +93,7 @@ def input_files(
     if not source.exists(): raise DicomSeriesError(f'{source.name} does not exist', 'NOT_FOUND', 'check its name')
     return walk_files(source)
 
-# %% ../../nbs/08_io.files.ipynb #500f3fbf
+# %% ../../nbs/08_io.files.ipynb #3a7fee4a
 def check_manifest(
     paths, # of one series
 ):

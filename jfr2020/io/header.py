@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'TAGS', 'DEFLATED', 'SYNTAXES', 'ENHANCED', 'Limits', 'Header', 'open_regular', 'check_pixels',
            'read_dataset', 'read_header']
 
-# %% ../../nbs/07_io.header.ipynb #f25402d1
+# %% ../../nbs/07_io.header.ipynb #864ae96b
 import io, os, re, stat, struct, warnings, zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..errors import *
 
-# %% ../../nbs/07_io.header.ipynb #b0710560
+# %% ../../nbs/07_io.header.ipynb #ac803acd
 @dataclass(frozen=True)
 class Limits:
     "What a file, a folder or an archive may claim before it is refused"
@@ -34,7 +34,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../../nbs/07_io.header.ipynb #84daa9a2
+# %% ../../nbs/07_io.header.ipynb #801d31b1
 _KEEP = '''
 00020002 UI MediaStorageSOPClassUID | 00020010 UI TransferSyntaxUID | 00080005 CS SpecificCharacterSet
 00080008 CS ImageType | 00089007 CS FrameType | 00080016 UI SOPClassUID
@@ -67,7 +67,7 @@ _NAMES = {'': 'Implicit VR Little Endian', '.1': 'Explicit VR Little Endian', '.
 SYNTAXES = {'1.2.840.10008.1.2'+k: v for k,v in _NAMES.items()} # transfer syntax UID -> name, those that may be read
 ENHANCED = {'1.2.840.10008.5.1.4.1.1.2.1', '1.2.840.10008.5.1.4.1.1.2.2'} # Enhanced CT, Legacy Converted Enhanced CT
 
-# %% ../../nbs/07_io.header.ipynb #56697b0a
+# %% ../../nbs/07_io.header.ipynb #41760c0f
 @lru_cache(maxsize=16384)
 def _value(vr, raw, codec, signed):
     "Bytes of one attribute -> str, int, float, or a tuple of them"
@@ -133,7 +133,7 @@ class Header(NamedTuple):
         size = f'{self.get("Rows")} x {self.get("Columns")} pixels' if self.offset >= 0 else 'no pixels'
         return f'Header {self.get("Modality")} {SYNTAXES.get(self.syntax, self.syntax)}, {size}, read by {self.how}'
 
-# %% ../../nbs/07_io.header.ipynb #ec1d725f
+# %% ../../nbs/07_io.header.ipynb #baddd12e
 _VR = lambda names: frozenset(struct.unpack('<H', o.encode())[0] for o in names.split())
 _SHORT = _VR('AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US') # 16-bit length
 _LONG = _VR('OB OD OF OL OV OW SQ SV UC UN UR UT UV') # 32-bit length
@@ -213,7 +213,7 @@ def _meta(b, raw):
         if keep: raw[keep[0]] = b[at:pos]
     return ('' if pos+12 <= len(b) else 'more'), pos
 
-# %% ../../nbs/07_io.header.ipynb #17c31d1c
+# %% ../../nbs/07_io.header.ipynb #e232670b
 _FLAGS = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) # a pipe does not block
 
 def _bad(path, text, code='UNREADABLE', fix='export it again', kind=DicomSeriesError): # a refusal about one file
@@ -232,7 +232,7 @@ def open_regular(
     os.close(fd)
     raise _bad(path, 'is not a regular file', fix='give files and folders')
 
-# %% ../../nbs/07_io.header.ipynb #5ea5f111
+# %% ../../nbs/07_io.header.ipynb #4fbb3563
 def check_pixels(
     get, # (keyword, default) -> value: the `get` of a `Header` or of a pydicom dataset
     name:str, # what a refusal calls the file
@@ -248,7 +248,7 @@ def check_pixels(
         gib = LIMITS.decoded_bytes >> 30
         raise LimitError(f'{name}: {n/2**30:.1f} GiB of pixels, at most {gib} are read', 'LIMIT_BYTES')
 
-# %% ../../nbs/07_io.header.ipynb #092669b9
+# %% ../../nbs/07_io.header.ipynb #aaa320ce
 def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').strip(' \0').strip()
 
 def _inflate(f, path):
@@ -294,7 +294,7 @@ def read_dataset(
     "Read a file with pydicom inside `LIMITS`, turning all it may raise into a `DicomSeriesError`"
     return _dataset(Path(path), pixels)[0]
 
-# %% ../../nbs/07_io.header.ipynb #381e72d6
+# %% ../../nbs/07_io.header.ipynb #5bc282a1
 _CODECS = {b'': 'latin-1', b'ISO_IR 6': 'latin-1', b'ISO_IR 100': 'latin-1', b'ISO_IR 192': 'utf-8'} # others: pydicom
 _TEXTS = [k for k,(_,vr) in TAGS.items() if vr in ('LO', 'SH')]
 _KEY = os.urandom(16) # of this process: patients are compared, never known
@@ -349,16 +349,20 @@ def _by_pydicom(path, size, remark):
     if unpacked and at > 0: remark, at = ('CUT' if at+n > unpacked else remark), 0
     return Header(path, size, syntax, 'pydicom', raw, 'utf-8', _patient(raw, 'utf-8'), at, n, (), remark, frames)
 
-# %% ../../nbs/07_io.header.ipynb #8aacdf47
+# %% ../../nbs/07_io.header.ipynb #432f0532
 _PROGRAMS = {b'MZ': 'a Windows program', b'\x7fELF': 'a Linux program', b'#!': 'a script',
              b'\xca\xfe\xba\xbe': 'a Mac program', b'\xcf\xfa\xed\xfe': 'a Mac program'}
 _STARTS = (b'\x02\0', b'\x08\0', b'\0\x02', b'\0\x08') # groups 2 and 8, little and big endian
+
+def _read_at(fd, n, at):
+    os.lseek(fd, at, os.SEEK_SET)
+    return os.read(fd, n)
 
 def _fragments(fd, at, size):
     "(offset, length) of each fragment of encapsulated pixels, '' or 'CUT'"
     out = []
     while len(out) <= LIMITS.fragments:
-        head = os.pread(fd, 8, at)
+        head = _read_at(fd, 8, at)
         if len(head) < 8: return tuple(out), 'CUT'
         tag, n = _pair(head, 0)
         if tag == _SEQUENCE_END: return tuple(out), ''
@@ -386,7 +390,7 @@ def _plain(path, fd, b, size):
     "`Header` of a file with a preamble that begins with `b`"
     say, raw, syntax, at, n = _walk(b)
     while say in ('more', 'end') and len(b) < min(size, LIMITS.header_bytes):
-        b = os.pread(fd, min(len(b)*16, LIMITS.header_bytes), 0)
+        b = _read_at(fd, min(len(b)*16, LIMITS.header_bytes), 0)
         say, raw, syntax, at, n = _walk(b)
     if say == 'deep': raise _too_deep(path)
     if say in ('more', 'end') and len(b) < size:

@@ -6,7 +6,7 @@
 __all__ = ['SeriesFacts', 'contrast_hint', 'series_facts', 'DicomSeries', 'check_series', 'SeriesEntry', 'find_series',
            'series_table', 'choose_series']
 
-# %% ../../nbs/09_io.series.ipynb #607a556c
+# %% ../../nbs/09_io.series.ipynb #bd7074e9
 import hashlib, re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .header import *
 from .files import *
 from .faults import *
 
-# %% ../../nbs/09_io.series.ipynb #597282b0
+# %% ../../nbs/09_io.series.ipynb #951b8ac5
 @dataclass(frozen=True)
 class SeriesFacts:
     "What the headers say of one series; None or '' where they say nothing"
@@ -84,7 +84,7 @@ def series_facts(
         body_part=text('BodyPartExamined'), manufacturer=text('Manufacturer'), model=text('ManufacturerModelName'),
         syntax=SYNTAXES.get(h.syntax, h.syntax), scan_options=many('ScanOptions'), position=text('PatientPosition'))
 
-# %% ../../nbs/09_io.series.ipynb #f09ed51a
+# %% ../../nbs/09_io.series.ipynb #9f38e434
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
     "One regular stack of CT slices, checked, without its pixels"
@@ -119,7 +119,7 @@ def check_series(
     return DicomSeries(facts.uid, files, geometry, replace(facts, increment_mm=step), found + remarks(slices, step),
                        tuple(slices))
 
-# %% ../../nbs/09_io.series.ipynb #8d8d982c
+# %% ../../nbs/09_io.series.ipynb #2b9949eb
 @dataclass(frozen=True, eq=False)
 class SeriesEntry:
     "One series found: ready (`series`) or refused (`refusal`)"
@@ -208,7 +208,7 @@ def find_series(
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     return [e for i in inputs for e in _of_input(i, progress, fewest, unpack)]
 
-# %% ../../nbs/09_io.series.ipynb #fed5a1f2
+# %% ../../nbs/09_io.series.ipynb #e69283ff
 def series_table(
     entries, # of SeriesEntry
 ): # pandas DataFrame, one row a series
@@ -224,7 +224,7 @@ def series_table(
                          syntax=f.syntax, verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_io.series.ipynb #201d486a
+# %% ../../nbs/09_io.series.ipynb #5234561d
 _SHARP = re.compile(r'bone|lung|edge|sharp|detail|chest|^[a-z]{1,2}[5-9]\d|^fc(3|5|8)\d|^y[a-d]$|^hr', re.I)
 
 def _rank(s):
