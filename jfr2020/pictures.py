@@ -6,7 +6,7 @@
 __all__ = ['MARGIN_MM', 'LEAST_MM', 'FINENESS', 'MARK_BYTES', 'outline', 'template', 'Picture', 'jpeg', 'draw_picture', 'Scene',
            'scene', 'slice_pictures', 'overview_picture', 'plane_pictures']
 
-# %% ../nbs/25b_pictures.ipynb #57a7e838
+# %% ../nbs/25b_pictures.ipynb #41ff36df
 import base64, io
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .view import *
 from .calcium import *
 from .case import *
 
-# %% ../nbs/25b_pictures.ipynb #228c463e
+# %% ../nbs/25b_pictures.ipynb #7c766835
 def _runs(a): # (R,C) bool -> (row, first, after the last) of each run of ones along rows
     step = np.diff(np.pad(a.astype(np.int8), ((0,0), (1,1))), axis=1)
     return np.column_stack([np.argwhere(step == 1), np.argwhere(step == -1)[:,1]])
@@ -43,7 +43,7 @@ def outline(
     area = ''.join(f'M{s((i+l)*c)} {s((y+u)*r)}h{s((j-i)*c)}v{s(r)}h{s((i-j)*c)}z' for y,i,j in _runs(a))
     return flat+tall, area
 
-# %% ../nbs/25b_pictures.ipynb #e889d636
+# %% ../nbs/25b_pictures.ipynb #0f62cdfa
 @lru_cache
 def template(
     name:str, # of a file in assets/
@@ -56,7 +56,7 @@ def template(
     env.filters['mm'] = _short
     return env.get_template(name)
 
-# %% ../nbs/25b_pictures.ipynb #406bdf98
+# %% ../nbs/25b_pictures.ipynb #1158e137
 @dataclass(frozen=True)
 class Picture:
     "A grey image with its drawings; lengths in mm from its upper left corner"
@@ -67,6 +67,7 @@ class Picture:
     letters:tuple # sides of the patient: left, right, top, bottom
     marks:tuple = () # of dict: edges, area (SVG paths), colour, text, x, y (of the text), ax, ay (where it points)
     boxes:tuple = () # of (x, y, width, height)
+    rings:tuple = () # of (x, y, text): places that are pointed at, not outlined
     at_mm:float = None # RAS+ mm of the plane, None for a projection
     slice:int = None # number along D, for an axial slice
 
@@ -99,7 +100,7 @@ def jpeg(
     grey.save(out, 'JPEG', quality=quality, optimize=True)
     return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/25b_pictures.ipynb #afae32fe
+# %% ../nbs/25b_pictures.ipynb #32efa119
 def _mark(a, pixel_mm, colour, text): # (R,C) bool -> a mark, its text not yet placed
     edges, area = outline(a, pixel_mm)
     (y0,y1,x0,x1), (r,c) = _bounds(a), pixel_mm
@@ -138,7 +139,7 @@ def draw_picture(
     marks = _place([_mark(a, pixel_mm, colour, k) for k,(a,colour) in (ids or {}).items()], w, h)
     return Picture(plane, w, h, jpeg(hu, window, pixel_mm, step_mm, quality), tuple(letters), marks, **more)
 
-# %% ../nbs/25b_pictures.ipynb #0fa68a73
+# %% ../nbs/25b_pictures.ipynb #c51c7a7c
 MARGIN_MM,LEAST_MM = 10.,110. # mm around the heart region; smallest side of a window
 FINENESS = (.4,82), (.5,76), (.65,70), (.8,65), (1.,55) # (mm of a pixel, JPEG quality), finest first
 MARK_BYTES = 80_000 # what the drawings of one projection may take; a skeleton would take more
@@ -205,7 +206,7 @@ def _light(p, most, numbers=True): # without its marks where they take more than
     marks = p.marks if numbers else tuple(dict(m, text='') for m in p.marks)
     return replace(p, marks=marks if p.size-len(p.image) <= most else ())
 
-# %% ../nbs/25b_pictures.ipynb #610391c5
+# %% ../nbs/25b_pictures.ipynb #39d8ac04
 def slice_pictures(
     s:Scene, # what there is to draw
     budget:int=1_000_000, # bytes, all pictures together
@@ -237,11 +238,14 @@ def overview_picture(
     step_mm:float=.5, # mm, smallest pixel that is kept
     quality:int=78, # of the JPEG
     numbers:bool=True, # are the lesions numbered
+    rings=(), # of (text, RAS+ mm): other places to point at
 ) -> Picture:
     "The brightest voxel along z through the window of the case, every lesion outlined"
     span = tuple(map(slice, s.low, s.high))
     marks = _projected(s, 0, s.low, s.high)
-    p = draw_picture(s.ct.data[span].max(0), s.ct.spacing[1:], 'axial', marks, window, step_mm, quality)
+    at = [(t, (s.ct.geometry.to_index([p])[0]-s.low+.5)*s.ct.spacing) for t,p in rings]
+    p = draw_picture(s.ct.data[span].max(0), s.ct.spacing[1:], 'axial', marks, window, step_mm, quality,
+                     rings=tuple((float(x), float(y), str(t)) for t,(_,y,x) in at))
     return _light(p, MARK_BYTES if numbers else MARK_BYTES//4, numbers)
 
 def plane_pictures(

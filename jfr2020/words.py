@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PHRASES', 'UNITS', 'LANGUAGES', 'TITLES', 'PROTOCOL', 'Words']
 
-# %% ../nbs/25a_words.ipynb #1fc9a403
+# %% ../nbs/25a_words.ipynb #bd581956
 from .errors import *
 
-# %% ../nbs/25a_words.ipynb #bdc814e4
+# %% ../nbs/25a_words.ipynb #b85b34ed
 PHRASES = dict( # key -> (English, French)
     title=('Coronary calcium', 'Calcifications coronaires'),
     report=('Calcium score report', 'Compte rendu de score calcique'),
@@ -39,6 +39,8 @@ PHRASES = dict( # key -> (English, French)
     total=('Total', 'Total'),
     not_calibrated=('not calibrated', 'non étalonnée'),
     overview=('Maximum through the region searched', 'Maximum à travers la région explorée'),
+    rings=('Letters: small candidates turned down, see the table below.',
+           'Lettres : petits candidats écartés, voir le tableau plus bas.'),
     zero=('No lesion passes the rule.', 'Aucune lésion ne remplit la règle.'),
     protocol=('Protocol deviations', 'Écarts au protocole'),
     warnings=('Remarks', 'Remarques'),
@@ -76,6 +78,7 @@ PHRASES = dict( # key -> (English, French)
     coronal=('coronal', 'coronal'),
     sagittal=('sagittal', 'sagittal'),
     rejected=('Candidates turned down', 'Candidats écartés'),
+    rejected_by=('By rule', 'Par règle'),
     turned_by=('Turned down by', 'Écarté par'),
     rejected_note=('Voxels at or above the threshold that are not counted, with the rule that excludes each.',
                    'Voxels au seuil ou au-dessus mais non comptés, avec la règle qui exclut chacun.'),
@@ -130,8 +133,19 @@ PHRASES = dict( # key -> (English, French)
 UNITS = dict(HU=('HU', 'UH')) # unit -> (English, French), where they differ
 LANGUAGES = ('en', 'fr')
 
-# %% ../nbs/25a_words.ipynb #878f55d6
-TITLES = dict( # code of a Finding or a refusal -> (English, French)
+# %% ../nbs/25a_words.ipynb #7d174021
+TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects candidates -> (English, French)
+    metal=('Metal', 'Métal'),
+    bone=('Bone', 'Os'),
+    cartilage=('Cartilage', 'Cartilage'),
+    outside=('Outside of the heart', 'Hors du cœur'),
+    prevertebral=('Before the spine', 'Prévertébral'),
+    descending_aorta=('Descending aorta', 'Aorte descendante'),
+    aortic_root=('Aortic root or valve', 'Racine ou valve aortique'),
+    lung=('Lung', 'Poumon'),
+    hilum=('Hilum', 'Hile pulmonaire'),
+    noise=('Noise', 'Bruit'),
+    muscle=('Heart muscle', 'Muscle cardiaque'),
     KVP=('Tube voltage', 'Tension du tube'),
     KVP_BETWEEN=('Tube voltage', 'Tension du tube'),
     KVP_BEYOND=('Tube voltage', 'Tension du tube'),
@@ -182,7 +196,7 @@ TITLES = dict( # code of a Finding or a refusal -> (English, French)
 PROTOCOL = frozenset('''KVP KVP_BETWEEN KVP_BEYOND TIN THICKNESS NO_THICKNESS KERNEL NOISE NOT_GATED CONTRAST_HINT
     OVERLAP GAP GAPS LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
 
-# %% ../nbs/25a_words.ipynb #fe82839d
+# %% ../nbs/25a_words.ipynb #39506fd0
 class Words:
     "Phrases, titles and numbers of one language"
     def __init__(self,

@@ -13,6 +13,7 @@ from jfr2020.case import NOTICE, CaseResult, case_json
 from jfr2020.categories import SCHEMES, cac_drs, risk_category
 from jfr2020.errors import DicomSeriesError, Finding, NotScoreable
 from jfr2020.geometry import Geometry
+from jfr2020.lesions import RULES
 from jfr2020.pictures import Picture, draw_picture, outline, overview_picture, plane_pictures, scene, slice_pictures
 from jfr2020.report import PAGE_BYTES, case_picture, case_report, cohort_report
 from jfr2020.volume import CTVolume, MaskVolume, flip
@@ -122,7 +123,7 @@ def test_text_of_the_images_stays_text(text):
                    rejected=(dict(rule=text, volume_mm3=1., peak_hu=200, centre_mm=(0, 0, 0)),), seconds={text: 1.},
                    model=dict(name=text, sha256=text))
     page = check_static(case_report(case))
-    assert set(page.tags) <= set(plain.tags) | {'ul', 'details', 'summary', 'code', 'li', 'span', 'dl', 'dt', 'dd', 'table', 'br'}
+    assert set(page.tags) <= set(plain.tags) | {'ul', 'details', 'summary', 'code', 'li', 'span', 'dl', 'dt', 'dd', 'table', 'br', 'circle'}
     said = ' '.join(page.text)
     assert text[:80].replace('\x00', '') in said.replace('\x00', '').replace('\ufffd', '') and '49' != said.strip()
     bad = CaseResult(text, text, refusal=NotScoreable(text, text, text), ct=case.ct, findings=finding)
@@ -147,6 +148,7 @@ def test_words_are_complete():
     known = {'axial', 'coronal', 'sagittal', 'LM', 'LAD', 'LCX', 'RCA', 'other'} # planes and vessels are looked up by name
     unused = {k for k in PHRASES if k not in known and not re.search(rf"['\"]{k}['\"]", code)}
     assert not unused, unused
+    assert {test.__name__ for test, _ in RULES} <= set(TITLES)
     for table in (PHRASES, TITLES):
         for both in table.values(): assert len(both) == len(LANGUAGES) and all(both), both
 
@@ -248,6 +250,19 @@ def test_cohort_counts_and_agreement():
     p = case_picture(case)
     assert Picture(**asdict(p)) == p and p.size < 20_000
     assert '<svg' in cohort_report(entries, pictures={'1': p}).split('</style>')[1]
+
+
+def test_candidates_turned_down_are_pointed_at():
+    turned = [dict(rule='bone', why='a rib', volume_mm3=9000., peak_hu=600, centre_mm=(0, 0, 0)),
+              dict(rule='lung', why='touches air', volume_mm3=12., peak_hu=200, centre_mm=(10, -5, 1))]
+    case = make(rejected=tuple(turned))
+    html = case_report(case)
+    assert html.index('touches air') < html.index('a rib') and '<b>a</b>' in html and '<b>b</b>' not in html
+    circle, = re.findall('<circle cx="([0-9.]+)" cy="([0-9.]+)"', html)
+    p = overview_picture(scene(case), rings=[('a', (10, -5, 1))])
+    assert np.allclose([float(c) for c in circle], p.rings[0][:2], atol=.01)
+    x0, y0 = case.geometry.to_world([[0, scene(case).low[1], scene(case).low[2]]])[0][:2] + [1, 1] # faces, 2 mm pixels
+    assert np.allclose(p.rings[0][:2], (x0-10, y0+5))
 
 
 def test_reports_repeat():
