@@ -75,8 +75,8 @@ class Raster:
         return float(self.planes[1]-self.planes[0]) if len(self.planes) > 1 else self.increment
 
 def cover(
-    deposit:Deposit,
-    raster:Raster,
+    deposit:Deposit, # what lies there
+    raster:Raster, # of the scan
 ): # (planes, rows, columns) slices and the (p,h,w) float32 fraction filled; None where it misses the grid
     "How much of each pixel of each plane a deposit fills"
     (x0,y0,z0),(x1,y1,z1) = deposit.bounds
@@ -97,7 +97,7 @@ def cover(
 
 def through_slices(
     part, # (p,h,w) signal on some planes
-    raster:Raster,
+    raster:Raster, # of the scan
     planes:slice, # which planes
 ): # first slice, and the (d,h,w) signal on slices, blurred
     "Planes -> slices -> point spread"
@@ -111,8 +111,8 @@ def through_slices(
 
 # %% ../nbs/05d_deposits.ipynb #4708de14
 def rough_score(
-    deposit:Deposit,
-    raster:Raster,
+    deposit:Deposit, # what lies there
+    raster:Raster, # of the scan
     threshold:float, # HU
     background:float = 0., # HU around it: a mean of blood and fat
 ) -> float: # about its Agatston score, noise and neighbours apart
@@ -137,9 +137,9 @@ class Seat:
     uneven:np.ndarray # (64,) factors of the bead radius along the plaque
 
 def plaque(
-    seat:Seat,
+    seat:Seat, # where it sits
     size:float, # 1 is a bead of 0.5 mm radius
-    artery:Tube,
+    artery:Tube, # mm, the vessel of the seat
 ) -> Deposit:
     "A plaque of a size on its artery"
     bead = float(np.clip(.5*size, .25, 1.7))
@@ -147,7 +147,8 @@ def plaque(
     s = np.r_[0, np.cumsum(np.linalg.norm(np.diff(artery.points, axis=0), axis=1))]
     n = max(3, int(np.ceil(2*half/(bead*.8))))
     q = np.clip(seat.at + np.linspace(-half, half, n), 0, s[-1])
-    c, way = (np.stack([np.interp(q, s, k) for k in v.T], 1) for v in (artery.points, np.gradient(artery.points, axis=0)))
+    lines = artery.points, np.gradient(artery.points, axis=0)
+    c, way = (np.stack([np.interp(q, s, k) for k in v.T], 1) for v in lines)
     way /= np.linalg.norm(way, axis=1)[:,None]
     side = np.cross(way, [.3,.2,.9]); side /= np.linalg.norm(side, axis=1)[:,None]
     phi = seat.angle + seat.twist*(q-seat.at)
@@ -157,10 +158,10 @@ def plaque(
     return Deposit(seat.vessel, Tube(c + out*np.maximum(wall-.45*bead, 0)[:,None], r), seat.hu)
 
 def fit_plaque(
-    seat:Seat,
+    seat:Seat, # where it sits
     target:float, # rough score wanted
-    artery:Tube,
-    raster:Raster,
+    artery:Tube, # mm, the vessel of the seat
+    raster:Raster, # of the scan
     threshold:float, # HU
     rounds:int = 9, # halvings
 ) -> Deposit:
@@ -176,7 +177,7 @@ def fit_plaque(
     return best[1]
 
 # %% ../nbs/05d_deposits.ipynb #cdee21e9
-POPULATION = {'M': (.24, 4.47, 1.655), 'F': (.45, 2.943, 2.20)} # share without calcium, mean and SD of ln(score) of the others
+POPULATION = {'M': (.24, 4.47, 1.655), 'F': (.45, 2.943, 2.2)} # share without; mean, SD of ln(score) of the others
 
 def draw_agatston(
     rng:np.random.Generator, # source of randomness
@@ -187,7 +188,7 @@ def draw_agatston(
     return 0. if rng.random() < none else float(np.exp(rng.normal(mean, sd)).clip(.5, 6000))
 
 # %% ../nbs/05d_deposits.ipynb #9e7fab59
-SHARE = {'LM': (.08, 5.), 'LAD': (.45, 28.), 'LCX': (.18, 25.), 'RCA': (.29, 45.)} # part of the plaques, mean mm from the origin
+SHARE = {'LM': (.08, 5.), 'LAD': (.45, 28.), 'LCX': (.18, 25.), 'RCA': (.29, 45.)} # part of all, mean mm from origin
 
 def draw_seats(
     rng:np.random.Generator, # source of randomness
@@ -212,7 +213,7 @@ def draw_plaques(
     rng:np.random.Generator, # source of randomness
     target:float, # Agatston score to come near; 0: none
     arteries:dict, # vessel name -> Tube
-    raster:Raster,
+    raster:Raster, # of the scan
     threshold:float, # HU
     vessels:tuple = (), # only these, when given
 ) -> tuple: # of Deposit
@@ -249,17 +250,21 @@ DECOYS = ('aortic wall','aortic root','aortic valve','mitral annulus','lymph nod
 def make_decoy(
     name:str, # one of DECOYS
     rng:np.random.Generator, # source of randomness
-    heart:Heart,
-    aorta:Tube,
+    heart:Heart, # of the patient
+    aorta:Tube, # mm, from the root on
     middle, # (3,) RAS+ mm of the carina
 ) -> Deposit:
     "One decoy at a place where such things are"
     n, base = int(rng.integers(4, 10)), aorta.points[0]
-    if name == 'aortic wall': solid = _on_tube(aorta, rng, rng.choice([50., 85., 110., 200., 250.])+rng.normal(0, 6), n, 1.2)
+    if name == 'aortic wall':
+        solid = _on_tube(aorta, rng, rng.choice([50., 85., 110., 200., 250.])+rng.normal(0, 6), n, 1.2)
     elif name == 'aortic root': solid = _on_tube(aorta, rng, 12., 4, 1.)
-    elif name == 'aortic valve': solid = Tube(base + np.array([0,0,4]) + rng.normal(0, 1, (3,3))*[6,6,1.2], rng.uniform(.9, 1.7, 3))
+    elif name == 'aortic valve':
+        solid = Tube(base + [0,0,4] + rng.normal(0, 1, (3,3))*[6,6,1.2], rng.uniform(.9, 1.7, 3))
     elif name == 'mitral annulus': solid = _annulus(heart, rng, n+4)
     elif name == 'pericardium': solid = _pericardial(heart, rng, n)
-    elif name == 'lymph node': solid = Tube(np.asarray(middle) + [rng.choice([-26,12,28]), 8, rng.uniform(-14, 2)] + rng.normal(0, 1.6, (5,3)), rng.uniform(1., 2.2, 5))
-    else: solid = Tube(base + np.array([14,18,8]) + np.linspace(0, 6, 9)[:,None]*[.6,.5,.3], np.full(9, .8))
+    elif name == 'lymph node':
+        node = np.asarray(middle) + [rng.choice([-26,12,28]), 8, rng.uniform(-14, 2)]
+        solid = Tube(node + rng.normal(0, 1.6, (5,3)), rng.uniform(1., 2.2, 5))
+    else: solid = Tube(base + [14,18,8] + np.linspace(0, 6, 9)[:,None]*[.6,.5,.3], np.full(9, .8))
     return Deposit(name, solid, 9000. if name == 'metal clip' else float(rng.uniform(400, 1100)))

@@ -72,7 +72,7 @@ class Heart:
         "Signed distance to the pericardium"
         d = {n: c.distance(x, y, z) for n,c in self.chambers.items()}
         k = self.scale
-        return blend(blend(d['LV'], d['RV'], 22*k), blend(d['LA'], d['RA'], 22*k), 26*k) - 1.3*k
+        return blend(blend(d['LV'], d['RV'], 13*k), blend(d['LA'], d['RA'], 13*k), 16*k) - 3*k
 
     @property
     def bounds(self) -> tuple: # (2,3) RAS+ mm, lowest and highest corner of a box around it
@@ -82,17 +82,18 @@ class Heart:
         return low-12, high+12
 
 def make_heart(
-    a:Physique,
+    a:Physique, # whose
 ) -> Heart:
     "The heart of a patient"
     axes, k = heart_axes(*a.heart_turn), a.heart_scale
     middle = np.array(HEART_MIDDLE)*a.scale
-    place = lambda parts: {n: Ellipsoid(middle + k*np.array(c) @ axes, k*np.array(r), axes) for n,(c,r) in parts.items()}
+    solid = lambda c, r: Ellipsoid(middle + k*np.array(c) @ axes, k*np.array(r), axes)
+    place = lambda parts: {n: solid(*v) for n,v in parts.items()}
     return Heart(middle, axes, k, place(CHAMBERS), place(CAVITIES))
 
 # %% ../nbs/05c_heartmodel.ipynb #174fcabd
 def surface(
-    heart:Heart,
+    heart:Heart, # of the patient
     along, # (N,) mm on the long axis, before scaling
     angle, # (N,) radians around it: 0 towards s, pi/2 towards t
     gap:float = 0., # mm from the muscle
@@ -126,7 +127,7 @@ def _iv_groove(heart, along, gap, middle): # angle around the axis where the sur
 def _polar(along, angle, r): return np.stack([along, r*np.cos(angle), r*np.sin(angle)], -1)
 
 # %% ../nbs/05c_heartmodel.ipynb #c2786e65
-CORONARIES = {'LM': (10,4.5,4.2), 'LAD': (130,3.7,1.9), 'LCX': (80,3.4,2.0), 'RCA': (130,3.9,2.4)} # mm: length, first and last diameter
+CORONARIES = {'LM': (1,4.5,4.2), 'LAD': (13,3.7,1.9), 'LCX': (8,3.4,2.), 'RCA': (13,3.9,2.4)} # cm long; mm wide
 
 def _cut(points, length, first, last): # the first `length` mm, with a radius that tapers
     s = np.r_[0, np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))]
@@ -134,7 +135,7 @@ def _cut(points, length, first, last): # the first `length` mm, with a radius th
     return Tube(p, np.linspace(first/2, last/2, len(p)))
 
 def make_coronaries(
-    heart:Heart,
+    heart:Heart, # of the patient
     root, # (3,) RAS+ mm, middle of the aortic root at the ostia
     root_radius:float, # mm
 ) -> dict: # vessel name -> Tube: LM, LAD, LCX, RCA
@@ -146,7 +147,8 @@ def make_coronaries(
     tip = np.array([54., 44., 34., 24.]) # beyond the apex, on the diaphragm
     under = np.full(4, np.radians(80))
     apex = [66+gap, *CHAMBERS['LV'][0][1:]]
-    lad = heart.to_world(np.r_[_polar(along, angle, r)[::6], [apex], _polar(tip, under, surface(heart, tip, under, gap))])
+    below = _polar(tip, under, surface(heart, tip, under, gap))
+    lad = heart.to_world(np.r_[_polar(along, angle, r)[::6], [apex], below])
     turn = np.linspace(angle[0]-.15, angle[0]-np.radians(170), 50) # over the left side to the back
     back, rr = _av_groove(heart, turn, gap)
     lcx = heart.to_world(_polar(back, turn, rr))
@@ -157,7 +159,7 @@ def make_coronaries(
     leave = lambda aim: root + root_radius*(d := aim-root)/np.linalg.norm(d)
     ostium = leave(lad[0])
     fork = ostium + (lad[0]-ostium)*min(1, 10*k/np.linalg.norm(lad[0]-ostium))
-    lines = {'LM': [ostium, fork], 'LAD': [fork, *lad[1:]], 'LCX': [fork, *lcx[6::5]], 'RCA': [leave(rca[0]), *rca[4::5]]}
+    lines = dict(LM=[ostium, fork], LAD=[fork, *lad[1:]], LCX=[fork, *lcx[6::5]], RCA=[leave(rca[0]), *rca[4::5]])
     for name,(length,first,last) in CORONARIES.items():
-        out[name] = _cut(smooth_line(np.stack(lines[name]), .5), length*k+1, first, last)
+        out[name] = _cut(smooth_line(np.stack(lines[name]), .5), 10*length*k+1, first, last)
     return out

@@ -69,8 +69,8 @@ class Ellipsoid:
 
     def __post_init__(self):
         set_ = object.__setattr__
-        set_(self, 'centre', np.asarray(self.centre, np.float32)); set_(self, 'radii', np.asarray(self.radii, np.float32))
-        set_(self, 'axes', np.eye(3, dtype=np.float32) if self.axes is None else np.asarray(self.axes, np.float32))
+        for name in ('centre','radii'): set_(self, name, np.asarray(getattr(self, name), np.float32))
+        set_(self, 'axes', np.asarray(np.eye(3) if self.axes is None else self.axes, np.float32))
 
     @property
     def extent(self) -> np.ndarray: # (3,) mm, half size of the box around it
@@ -90,12 +90,12 @@ class Ellipsoid:
     ): # mm, negative inside
         "Signed distance, first order"
         p = x-self.centre[0], y-self.centre[1], z-self.centre[2]
-        q = g = 0
+        q, g = 1e-8, 1e-8/float(self.radii.min())**2 # finite in the middle, too
         for a,r in zip(self.axes, self.radii):
             v = (p[0]*a[0] + (p[1]*a[1] + p[2]*a[2]))/r
             v = v*v; q = q+v; g = g+v/(r*r)
         f = np.sqrt(q)
-        return f*(f-1)/np.sqrt(np.maximum(g, 1e-9))
+        return f*(f-1)/np.sqrt(g)
 
 # %% ../nbs/05a_shapes.ipynb #874f64e9
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ class Scan:
     matrix:int = 512 # pixels along each side
     increment:float = 3. # mm between slice centres
     thickness:float = 3. # mm
-    coverage:object = 'cardiac' # 'cardiac', 'chest', 'truncated' (the apex is cut off), 'abdomen' (no heart), or (low, high) mm from the middle of the heart
+    coverage:object = 'cardiac' # or 'chest', 'truncated' (no apex), 'abdomen' (no heart), (low, high) mm from mid heart
     noise:float = 16. # HU, standard deviation; 0: none
     psf:float = 1.2 # mm, full width at half maximum of the point spread
     circle:bool = False # nothing is reconstructed outside the circle of the field of view
@@ -40,9 +40,11 @@ class Scan:
     def __post_init__(self):
         if self.matrix < 16 or self.increment <= 0 or self.thickness <= 0 or self.noise < 0 or self.psf < 0:
             raise ConfigError(f'a scan needs a matrix of 16 or more and positive sizes, got {self}')
-        if isinstance(self.fov, str) and self.fov not in FIELDS: raise ConfigError(f'fov is {list(FIELDS)} or mm, got {self.fov!r}')
-        if isinstance(self.coverage, str) and self.coverage not in (*COVERAGE, 'cardiac', 'truncated'):
-            raise ConfigError(f"coverage is cardiac, chest, truncated, abdomen or (low, high) mm, got {self.coverage!r}")
+        known = (*COVERAGE, 'cardiac', 'truncated')
+        if isinstance(self.fov, str) and self.fov not in FIELDS:
+            raise ConfigError(f'fov is one of {list(FIELDS)} or mm, got {self.fov!r}')
+        if isinstance(self.coverage, str) and self.coverage not in known:
+            raise ConfigError(f'coverage is one of {known} or (low, high) mm, got {self.coverage!r}')
 
     @property
     def fov_mm(self) -> float: # mm
@@ -62,6 +64,7 @@ class Patient:
     organs:list # of (name, Ellipsoid, HU)
     heart:Heart
     arteries:dict # vessel name -> Tube
+    spans:np.ndarray # (N,2) mm, lowest and highest z of the twigs
 
     @property
     def blood(self) -> float: # HU
@@ -69,19 +72,21 @@ class Patient:
         return TISSUE['blood'] if self.physique.contrast is None else self.physique.contrast
 
 def make_patient(
-    a:Physique,
+    a:Physique, # whose
 ) -> Patient:
     "Build all parts of a patient"
     trunk = make_trunk(a); pipes, airways = make_pipes(a); heart = make_heart(a)
     root = pipes['aorta'].points[0]+[0,0,10]
-    return Patient(a, trunk, make_bones(trunk, a), pipes, airways, make_twigs(trunk, a), make_abdomen(a), heart,
-                   make_coronaries(heart, root, float(pipes['aorta'].radius[0])))
+    arteries, twigs = make_coronaries(heart, root, float(pipes['aorta'].radius[0])), make_twigs(trunk, a)
+    return Patient(a, trunk, make_bones(trunk, a), pipes, airways, twigs, make_abdomen(a), heart, arteries,
+                   np.array([t.span for t in twigs]))
 
 # %% ../nbs/06_thorax.ipynb #440bfc5b
-MEDIASTINUM = [[-340,0,-20,18,40],[-60,0,-20,18,40],[20,0,-10,23,46],[50,-1,0,27,50],[80,-1,4,25,50],[105,0,2,28,44],[130,0,-5,33,36],[165,0,-14,38,34],[200,0,-18,60,40],[260,0,-18,60,40]] # mm, as the knots of the trunk
+MEDIASTINUM = [[-340,0,-20,18,40],[-60,0,-20,18,40],[20,0,-10,23,46],[50,-1,0,27,50],[80,-1,4,25,50],[105,0,2,28,44],
+               [128,0,-5,33,36],[165,0,-14,38,34],[200,0,-18,60,40],[260,0,-18,60,40]] # mm, as the knots of the trunk
 
 def _wall(plane, p): # skin, fat, muscle, chest wall; returns the distance to the inside of the cage
-    a, everywhere = p.physique, plane.window(None)
+    everywhere = plane.window(None)
     x,y = plane.points(everywhere)
     for b in p.trunk.breasts: plane.draw(b, TISSUE['skin'])
     skin = p.trunk.skin.distance(x, y, plane.z)
@@ -104,7 +109,7 @@ def _middle(plane, p, heart): # distance to all that keeps the lung away
     knots = np.array(MEDIASTINUM)*[a.height, a.width, a.depth, a.width, a.depth]
     d = Column(knots, 2.2).distance(x, y, plane.z)
     d = blend(d, heart-3, 12.)
-    for name,pipe in (*p.pipes.items(), *list(p.airways.items())[:3]):
+    for pipe in (*p.pipes.values(), *list(p.airways.values())[:3]):
         box = pipe.box(plane.z, 6)
         if box is None or (w:=plane.window(box)) is None: continue
         d[w] = np.minimum(d[w], pipe.distance(*plane.points(w), plane.z)-2)
@@ -119,8 +124,8 @@ def _chest(plane, p, cage, heart): # lungs and abdomen
     if below.min() < 2:
         lung = np.maximum(np.maximum(cage, below), -_middle(plane, p, heart))
         plane.paint(lung, a.lung-.5*y, everywhere)
-        for t in p.twigs:
-            box = t.box(plane.z)
+        for k in np.flatnonzero((p.spans[:,0] < plane.z) & (p.spans[:,1] > plane.z)):
+            t = p.twigs[k]; box = t.box(plane.z)
             if box is None or (w:=plane.window(box)) is None: continue
             plane.paint(np.maximum(t.distance(*plane.points(w), plane.z), lung[w]+t.radius[0]), 30, w)
 
@@ -133,21 +138,20 @@ def _abdomen(plane, p, cage, below):
         x,y = plane.points(w)
         d = np.maximum(np.maximum(e.distance(x, y, plane.z), cage[w]+1), 1.5-below[w])
         plane.paint(d, hu, w)
-        if name == 'stomach content': plane.paint(np.maximum(d, e.centre[1]+18-y), TISSUE['air'], w) # gas rises to the front
+        if name == 'stomach content': plane.paint(np.maximum(d, e.centre[1]+18-y), TISSUE['air'], w) # gas rises
 
 # %% ../nbs/06_thorax.ipynb #f72f5307
-def _heart(plane, p, distance, w): # pericardium, fat, muscle, blood
+def _heart(plane, p, distance, w): # pericardium, fat, muscle
     if w is None: return
     x,y = plane.points(w)
     plane.paint(distance[w], 20, w)
     plane.paint(distance[w]+1.1, TISSUE['epicardial'], w)
     plane.paint(p.heart.muscle(x, y, plane.z), TISSUE['myocardium'], w)
-    for c in p.heart.cavities.values(): plane.draw(c, p.blood)
 
-def _vessels(plane, p): # great vessels, airways, coronaries
-    for name,t in p.pipes.items():
-        plane.draw(t, TISSUE['wall'], 1.)
-        plane.draw(t, TISSUE['gut'] if name=='oesophagus' else p.blood)
+def _vessels(plane, p): # great vessels, chambers, airways, coronaries: walls first, so that blood joins
+    for t in p.pipes.values(): plane.draw(t, TISSUE['wall'], 1.)
+    for c in p.heart.cavities.values(): plane.draw(c, p.blood)
+    for name,t in p.pipes.items(): plane.draw(t, TISSUE['gut'] if name=='oesophagus' else p.blood)
     for t in p.airways.values(): plane.draw(t, TISSUE['wall']-20, 1.2)
     for t in p.airways.values(): plane.draw(t, TISSUE['air']+10)
     for t in p.arteries.values(): plane.draw(t, TISSUE['wall'], .4)
@@ -160,7 +164,7 @@ def _table(plane, a): # a thin curved plate of carbon fibre over foam, under the
     plane.paint(d, TISSUE['table'], plane.window(None))
 
 def paint_chest(
-    p:Patient,
+    p:Patient, # who is painted
     plane:Plane, # in the frame of the patient; painted in place
     table:bool=True, # is there a table
 ) -> np.ndarray: # (H,W) mm, signed distance to the pericardium, 1000 far from it
@@ -180,15 +184,18 @@ def paint_chest(
     return heart
 
 # %% ../nbs/06_thorax.ipynb #220e27d2
+def _heights(s, p): # mm, lower and upper end of the scan
+    low,high = (b[2] for b in p.heart.bounds)
+    if s.coverage == 'cardiac': return low+2, high+16
+    if s.coverage == 'truncated': return p.heart.middle[2]-8, high+16
+    return np.array(COVERAGE[s.coverage])*p.physique.height if isinstance(s.coverage, str) else s.coverage
+
 def make_raster(
-    s:Scan,
-    p:Patient,
+    s:Scan, # how
+    p:Patient, # whom
 ) -> tuple: # (Raster in the frame of the patient, Geometry in that of the scanner)
     "Pixels, planes and slices of a scan"
-    a, low_high = p.physique, p.heart.bounds
-    if s.coverage == 'cardiac': z0,z1 = low_high[0][2]+2, low_high[1][2]+16
-    elif s.coverage == 'truncated': z0,z1 = p.heart.middle[2]-8, low_high[1][2]+16
-    else: z0,z1 = np.array(COVERAGE.get(s.coverage, s.coverage) if isinstance(s.coverage, str) else s.coverage, float)*(a.height if isinstance(s.coverage, str) else 1)
+    z0,z1 = _heights(s, p)
     n = max(1, int(round((z1-z0)/s.increment)))
     cx,cy = (0, -2) if s.fov == 'chest' else p.heart.middle[:2]+[0,-4]
     z = z0 + s.increment*(np.arange(n)+.5)
@@ -206,8 +213,8 @@ def make_raster(
 def _render(p, raster, deposits, table): # noise-free (D,H,W) float32, heart mask, what each deposit adds
     covers = [cover(d, raster) for d in deposits]
     adds = [None if c is None else np.zeros_like(c[1]) for c in covers]
-    D = len(raster.weights)
-    out, heart = np.zeros((D, len(raster.y), len(raster.x)), np.float32), np.zeros((D, len(raster.y), len(raster.x)), np.uint8)
+    D = len(raster.weights); shape = D, len(raster.y), len(raster.x)
+    out, heart = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
     middle = (raster.weights*raster.planes).sum(1)
     nearest = np.abs(raster.planes[None]-middle[:,None]).argmin(1)
     for k,z in enumerate(raster.planes):
@@ -261,31 +268,33 @@ class ChestCase:
         return sum(q['mass_mg'] for q in self.truth['plaques'])
 
     def __repr__(self):
-        t, a, n = self.truth, self.patient.physique, len(self.truth['plaques'])
+        t, a, n, s = self.truth, self.patient.physique, len(self.truth['plaques']), self.scan
         vessels = ', '.join(f'{v} {k}' for v in VESSEL_LABELS if (k:=sum(q['vessel']==v for q in t['plaques'])))
-        calcium = f'{n} plaques ({vessels}), {self.mass_mg:.0f} mg' if n else 'no coronary calcium'
+        calcium = f'{n} plaque{"s"*(n>1)} ({vessels}), {self.mass_mg:.0f} mg' if n else 'no coronary calcium'
         blood = '' if a.contrast is None else f', contrast {a.contrast:.0f} HU'
         others = ', '.join(d['name'] for d in t['decoys']) or 'none'
         return (f'Synthetic chest {t["seed"]} ({a.sex}): {calcium}{blood}; decoys: {others}; '
-                f'{self.scan.thickness:g}/{self.scan.increment:g} mm, noise {self.scan.noise:g} HU, {self.ct.geometry!r}')
+                f'{s.thickness:g}/{s.increment:g} mm, noise {s.noise:g} HU, {self.ct.geometry!r}')
 
 VESSEL_LABELS = {'LM': 1, 'LAD': 2, 'LCX': 3, 'RCA': 4}
 
 def draw_decoys(
     rng:np.random.Generator, # source of randomness
-    p:Patient,
+    p:Patient, # in whom
     names:tuple, # which; () draws a few of the common ones
 ) -> tuple: # of Deposit
     "The decoys of a patient"
-    if not names: names = [n for n,odds in zip(DECOYS, (.5,.3,.2,.15,.2,.05,0)) if rng.random() < odds]
+    if not names: names = [n for n,odds in zip(DECOYS, (.5,.3,.2,.15,.2,.05,0)) if rng.random() < odds] # our choice
     for n in names:
         if n not in DECOYS: raise ConfigError(f'decoys are among {list(DECOYS)}, got {n!r}')
     return tuple(make_decoy(n, rng, p.heart, p.pipes['aorta'], p.airways['left main'].points[0]) for n in names)
 
 def _table_of(deposits, owner, first, shift): # what is known of each deposit, as plain numbers
     count = np.bincount(owner.ravel(), minlength=first+len(deposits)+1)
-    return [dict(name=d.name, vessel=d.name, centre_mm=(d.centre+shift).round(3).tolist(), hu=round(d.hu, 1), mg_cm3=round(d.mg_cm3, 1),
-                 volume_mm3=round(v:=d.volume_mm3, 2), mass_mg=round(v*d.mg_cm3/1000, 3), voxels=int(count[first+k+1])) for k,d in enumerate(deposits)]
+    known = lambda d, v: dict(name=d.name, vessel=d.name, centre_mm=(d.centre+shift).round(3).tolist(),
+                              hu=round(d.hu, 1), mg_cm3=round(d.mg_cm3, 1), volume_mm3=round(v, 2),
+                              mass_mg=round(v*d.mg_cm3/1000, 3))
+    return [known(d, d.volume_mm3) | dict(voxels=int(count[first+k+1])) for k,d in enumerate(deposits)]
 
 # %% ../nbs/06_thorax.ipynb #4a076902
 def chest_phantom(
@@ -301,29 +310,38 @@ def chest_phantom(
     **scan, # fields of `Scan`: fov, matrix, increment, thickness, coverage, noise, psf, circle, table, shift
 ) -> ChestCase:
     "A synthetic chest CT with known coronary calcium"
-    unknown = set(scan) - {f.name for f in fields(Scan)}
-    if unknown: raise ConfigError(f'chest_phantom knows no {sorted(unknown)}', fix=f'use one of {[f.name for f in fields(Scan)]}')
-    body, calcium, other, noise = (np.random.default_rng([seed, k]) for k in range(4)) # one stream each: an option changes its own part only
+    known = [f.name for f in fields(Scan)]
+    if unknown := sorted(set(scan)-set(known)):
+        raise ConfigError(f'chest_phantom knows no {unknown}', fix=f'use one of {known}')
+    body, calcium, other, noise = (np.random.default_rng([seed, k]) for k in range(4)) # an option changes its own part
     s, physique = Scan(**scan), physique or draw_physique(body)
     p = make_patient(replace(physique, contrast=contrast) if contrast is not None else physique)
     raster, g = make_raster(s, p)
     threshold = density_hu(100) if threshold is None else float(threshold)
     if agatston is None: agatston = draw_agatston(calcium, p.physique.sex)
+    if not _has_heart(p, raster): agatston = 0.
     if plaques is None: plaques = draw_plaques(calcium, float(agatston), p.arteries, raster, threshold, vessels)
     others = () if decoys is None else draw_decoys(other, p, tuple(decoys))
     clean, heart, seen = _render(p, raster, (*plaques, *others), s.table)
     owner = _owners(clean, seen, threshold)
-    return _case(p, s, g, clean, heart, owner, noise, dict(seed=seed, target=agatston, threshold=threshold), plaques, others)
+    truth = dict(seed=seed, target=agatston, threshold=threshold)
+    return _case(p, s, g, clean, heart, owner, noise, truth, plaques, others)
+
+def _has_heart(p, raster): # is any of it scanned
+    low,high = p.heart.bounds
+    return raster.planes[0] < high[2] and raster.planes[-1] > low[2]
 
 def _case(p, s, g, clean, heart, owner, noise, truth, plaques, others):
     hu = clean if not s.noise else clean + correlated_noise(noise, g.shape, g.spacing, s.noise, max(s.psf, .1))
     if s.circle:
         away = np.hypot(*np.meshgrid(*[np.arange(n)-(n-1)/2 for n in g.shape[1:]], indexing='ij')) > g.shape[1]/2
-        hu, clean = np.where(away, np.float32(OUTSIDE), hu), np.where(away, np.float32(OUTSIDE), clean); owner[:,away] = 0
+        hu, clean = (np.where(away, np.float32(OUTSIDE), v) for v in (hu, clean))
+        owner[:,away] = 0
     shift, n = np.asarray(s.shift, float), len(plaques)
     labels = np.array([0, *[VESSEL_LABELS[d.name] for d in plaques], *[0]*len(others)], np.uint8)
     low,high = p.heart.bounds
     truth |= dict(plaques=_table_of(plaques, owner, 0, shift), decoys=_table_of(others, owner, n, shift),
-                  heart_box_mm=((low+shift).tolist(), (high+shift).tolist()), coronaries_mm={k: t.points+shift for k,t in p.arteries.items()})
+                  heart_box_mm=((low+shift).tolist(), (high+shift).tolist()),
+                  coronaries_mm={k: t.points+shift for k,t in p.arteries.items()})
     return ChestCase(to_ct(hu, g), CTVolume(clean, g), MaskVolume(labels[owner], g), MaskVolume(heart, g),
                      MaskVolume(np.maximum(owner-n, 0).astype(np.uint8), g), p, s, truth)
