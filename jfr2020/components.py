@@ -31,6 +31,11 @@ class Components:
         "Where the label image lies in the scan"
         return tuple(slice(a, a+n) for a,n in zip(self.start, self.labels.shape))
 
+    @property
+    def stop(self) -> tuple: # voxels, (D,H,W)
+        "Voxel after the last of the box"
+        return tuple(a+n for a,n in zip(self.start, self.labels.shape))
+
     def mask(self,
         values, # (N,) integers, what each component becomes; 0 leaves it out
     ) -> MaskVolume: # on the grid of the scan
