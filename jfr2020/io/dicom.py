@@ -9,6 +9,7 @@ __all__ = ['PADDING_HU', 'RLE', 'NATIVE', 'Coding', 'coding_of', 'read_series', 
 import os, struct, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 
@@ -38,7 +39,7 @@ class Coding:
         "Are the HU whole numbers"
         return float(self.slope).is_integer() and float(self.intercept).is_integer()
 
-    @property
+    @cached_property
     def simple(self) -> bool:
         "Can 16-bit words become HU where they are, in an int16 array"
         fits = self.allocated == 16 and self.high == self.stored-1 and (self.signed or self.stored < 16)
@@ -80,7 +81,7 @@ class Coding:
         add, most = int(self.intercept), (1 << self.stored-self.signed)-1
         least = -most-1 if self.signed else 0
         if self.stored < 16 and self.signed: a <<= 16-self.stored; a >>= 16-self.stored
-        elif self.stored < 16: a &= most
+        elif self.stored < 16 and a.view(np.uint16).max() > most: a &= most
         pad = self.padded(a) if self.padding and self.padding[1]+add > OUTSIDE else None
         if least+add < OUTSIDE and int(a.min())+add < OUTSIDE: np.maximum(a, np.int16(OUTSIDE-add), out=a)
         if most+add > 2**15-1 and int(a.max())+add > 2**15-1: return False
