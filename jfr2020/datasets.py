@@ -84,7 +84,7 @@ def write_qrm(
     "Synthetic scans of the QRM phantom as DICOM, with its physical truth"
     rows = []
     for k in range(1, n+1):
-        ct, truth = qrm_phantom(np.random.default_rng([seed, k]), **{'noise_hu': 10., **scan})
+        ct, truth = qrm_phantom(np.random.default_rng([seed, k]), **dict(noise_hu=10., body='bare') | scan)
         folder, thick = f'qrm-{k:04}', scan.get('thickness_mm', 3.)
         protocol = Protocol(thickness_mm=thick, description='synthetic QRM phantom')
         uid = _uid(write_series(ct, Path(out)/folder, protocol, seed=seed*1000+k))

@@ -195,7 +195,7 @@ class Oval:
     half_mm:tuple # mm, half axes (x,y)
     centre_mm:tuple=(0.,0.) # RAS+ mm (x,y)
 
-BODY_MM = {'S':(300.,200.), 'M':(350.,250.), 'L':(400.,300.)} # mm, (x,y) outline without and with fat ring
+BODY_MM = {'S':(300.,200.), 'M':(350.,250.), 'L':(400.,300.), 'bare':(300.,200.)} # mm, (x,y) outline without and with fat ring
 BODY_LENGTH = 100. # mm
 THORAX = (Oval(BACKGROUND_HU, (150.,100.)), Oval(-800., (48.,62.), (88.,0.)), Oval(-800., (48.,62.), (-88.,0.)),
           Oval(BACKGROUND_HU, (57.,57.)), Oval(180., (17.,15.), (0.,-75.))) # body, lungs, wall of the hole, spine
@@ -250,7 +250,7 @@ class PhantomTruth:
 def qrm_phantom(
     rng:np.random.Generator=None, # placement and noise; None is centred
     *,
-    body:str='S', # 'S' 300 x 200 mm, 'M' and 'L' with fat rings
+    body:str='S', # 'S' 300 x 200 mm, 'M', 'L' with fat rings; 'bare' S without spine and dense rod: only inserts are bright
     matrix:int=512, # rows and columns
     fov_mm:float=220., # mm
     length_mm:float=120., # mm scanned along z; the body is 100 mm long
@@ -266,7 +266,7 @@ def qrm_phantom(
     pixel = fov_mm/matrix
     g = Geometry.from_spacing((max(1, round(length_mm/increment_mm)), matrix, matrix), (increment_mm, pixel, pixel))
     offset = np.zeros(3) if rng is None else draw_offset(rng, increment_mm, pixel/2)
-    inserts, rods = (tuple(c.moved(offset) for c in cs) for cs in (INSERTS, RODS))
+    inserts, rods = (tuple(c.moved(offset) for c in cs) for cs in (INSERTS, RODS[:1] if body == 'bare' else RODS))
     hu = _body(g, body, offset, thickness_mm, fwhm_mm)
     for c in rods: _add(hu, c, g, thickness_mm, fwhm_mm)
     labels = np.zeros(g.shape, np.uint8)
@@ -278,8 +278,8 @@ def qrm_phantom(
 
 def _body(g, size, offset, thickness, fwhm): # air, body and fat ring, HU
     x,y,z = (float(o) for o in offset)
-    ring = (Oval(-100., tuple(s/2 for s in BODY_MM[size])),) if size != 'S' else ()
-    ovals = [replace(o, centre_mm=(o.centre_mm[0]+x, o.centre_mm[1]+y)) for o in ring+THORAX]
+    ring = (Oval(-100., tuple(s/2 for s in BODY_MM[size])),) if size in 'ML' else ()
+    ovals = [replace(o, centre_mm=(o.centre_mm[0]+x, o.centre_mm[1]+y)) for o in ring+(THORAX[:-1] if size == 'bare' else THORAX)]
     slices = g.to_world(np.arange(g.shape[0])[:,None]*[1,0,0])[:,2]
     part = slice_overlap(slices, thickness, z-BODY_LENGTH/2, z+BODY_LENGTH/2).astype(np.float32)
     air = np.float32(-1000)
