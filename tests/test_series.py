@@ -219,3 +219,25 @@ def test_many_small_trees_and_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(files_room, 'LIMITS', replace(files_room.LIMITS, files=10))
     e, = find_series(tmp_path/'s')
     assert isinstance(e.refusal, LimitError) and e.verdict == 'LIMIT_FILES'
+
+
+def test_a_flipped_bit_in_a_header_never_moves_a_slice_or_its_hu(tmp_path):
+    "One slice of the fixture gets header bits flipped: the series is refused, or still is the same volume"
+    ct, _ = volume()
+    path = write_series(ct, tmp_path/'s')[8]
+    whole, rng, n = path.read_bytes(), np.random.default_rng(3), Counter()
+    at = read_header(path).offset
+    for _ in range(400):
+        b = bytearray(whole)
+        for k in rng.integers(128, at, rng.integers(1, 3)): b[k] ^= 1 << int(rng.integers(8))
+        path.write_bytes(b)
+        entries = find_series(tmp_path/'s')
+        ready = [e.series for e in entries if e.series]
+        n['ok' if ready else entries[0].verdict] += 1
+        for s in ready:
+            assert len(entries) == 1 and s.geometry.matches(GRID, tol=.05), s
+            h = s.headers[8]
+            stored = np.frombuffer(bytes(b)[h.offset:h.offset+h.length], '<u2').reshape(96, 96)
+            hu = stored*h.numbers('RescaleSlope')[0] + h.numbers('RescaleIntercept')[0]
+            assert np.abs(hu - ct.data[8]).max() < 1, h
+    assert 100 < n['ok'] < 380 and len(n) > 8, n

@@ -6,7 +6,7 @@
 __all__ = ['GAP_TOLERANCE', 'TILT_DEG', 'SPACING_MM', 'GAP_MM', 'SLOPE', 'INTERCEPT', 'slice_normal', 'sort_slices', 'check_kind',
            'check_unmixed', 'check_coding', 'check_hu', 'check_rescale', 'check_inverted', 'check_grid', 'remarks']
 
-# %% ../../nbs/08a_io.faults.ipynb #217d2eaa
+# %% ../../nbs/08a_io.faults.ipynb #a913fcb1
 import math
 from collections import Counter
 
@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import *
 from .header import *
 
-# %% ../../nbs/08a_io.faults.ipynb #32932aec
+# %% ../../nbs/08a_io.faults.ipynb #213fffe7
 GAP_TOLERANCE = .01 # of the median gap: slices farther off are not one regular stack
 TILT_DEG = 1. # degrees between the stacking direction and the slice normal, above: a tilted gantry
 SPACING_MM = .1, 2. # pixel spacing of a CT
@@ -29,7 +29,7 @@ _MAPS = {'PERFUSION', 'RCBF', 'RCBV', 'MTT', 'TTP', 'SUBTRACTION', 'DIVISION', '
 _SECONDARY = '1.2.840.10008.5.1.4.1.1.7' # Secondary Capture, plain and multi-frame
 _CT = {'1.2.840.10008.5.1.4.1.1.2'} | ENHANCED
 
-# %% ../../nbs/08a_io.faults.ipynb #dc17ba50
+# %% ../../nbs/08a_io.faults.ipynb #0fafb25c
 def slice_normal(
     h:Header, # of one slice
 ) -> np.ndarray: # (3,) LPS unit vector, or None without a usable orientation
@@ -49,7 +49,7 @@ def sort_slices(
     z = np.array([h.numbers('ImagePositionPatient', 3) or nowhere for h in headers]) @ n
     return [headers[i] for i in np.argsort(np.where(np.isfinite(z), z, np.inf), kind='stable')]
 
-# %% ../../nbs/08a_io.faults.ipynb #602901ea
+# %% ../../nbs/08a_io.faults.ipynb #b38bb8dd
 def _place(headers, i):
     p = headers[i].numbers('ImagePositionPatient', 3)
     return f'slice {i} at z={p[2]:.2f} mm' if p else f'file {headers[i].path.name}'
@@ -110,7 +110,7 @@ def _range(headers, keyword, n, lo, hi, code):
     text = f'{keyword} must be {lo:g}..{hi:g}{_UNITS.get(keyword, "")}, found {_show(v[off[0]])}'
     _refuse(code, f'{text} in {_place(headers, int(off[0]))}', 'export the series with its original header')
 
-# %% ../../nbs/08a_io.faults.ipynb #1e5170d4
+# %% ../../nbs/08a_io.faults.ipynb #77ed7a59
 def _words(h): # of ImageType, single words
     many = lambda v: v if isinstance(v, tuple) else () if v is None else (v,)
     return {o for k in ('ImageType', 'FrameType') for v in many(h.get(k)) for o in (v, *str(v).split())}
@@ -159,7 +159,7 @@ def check_unmixed(
     for k in ('StudyInstanceUID', 'FrameOfReferenceUID', 'ConvolutionKernel', 'KVP', 'ContrastBolusAgent'):
         _same(headers, k)
 
-# %% ../../nbs/08a_io.faults.ipynb #6afec12c
+# %% ../../nbs/08a_io.faults.ipynb #7f1bce38
 def _check_file(headers, i):
     "Refuse a file whose pixels are absent, cut short or of an unknown syntax"
     h, where = headers[i], _place(headers, i)
@@ -218,7 +218,7 @@ def check_hu(
     unit = str(headers[0].get('RescaleType', 'HU')).upper()
     if unit != 'HU' and not unit.startswith('HOUN'): _refuse('RESCALE_TYPE', f'RescaleType is {unit}, HU are scored')
 
-# %% ../../nbs/08a_io.faults.ipynb #5a291934
+# %% ../../nbs/08a_io.faults.ipynb #d7eed329
 def _rescale(h): return h.numbers('RescaleSlope')[0], h.numbers('RescaleIntercept')[0]
 
 def _stored(h):
@@ -260,7 +260,7 @@ def check_inverted(
     return (Finding('PHOTOMETRIC', 'MONOCHROME1: shown inverted; the stored values are not, and are taken as they are'),
             )
 
-# %% ../../nbs/08a_io.faults.ipynb #b78525b0
+# %% ../../nbs/08a_io.faults.ipynb #891e081f
 def _check_plane(headers):
     "Refuse positions, orientation or spacing that are absent, out of range or different; their common normal and tilt"
     _range(headers, 'ImagePositionPatient', 3, -1e4, 1e4, 'POSITION_RANGE')
@@ -347,7 +347,7 @@ def check_grid(
     A[:3,1], A[:3,2], A[:3,3] = v[1]*s[0], v[0]*s[1], p[0]
     return A
 
-# %% ../../nbs/08a_io.faults.ipynb #fb8e3d05
+# %% ../../nbs/08a_io.faults.ipynb #4342cd2c
 def _numbering(headers):
     "Findings about instance numbers: they do not order the stack, but an absent number may be an absent slice"
     have = sorted({v for h in headers if isinstance(v := h.get('InstanceNumber'), int)})

@@ -6,7 +6,7 @@
 __all__ = ['SeriesFacts', 'contrast_hint', 'series_facts', 'DicomSeries', 'check_series', 'SeriesEntry', 'find_series',
            'series_table', 'choose_series']
 
-# %% ../../nbs/09_io.series.ipynb #bd7074e9
+# %% ../../nbs/09_io.series.ipynb #3b6be79a
 import hashlib, re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .header import *
 from .files import *
 from .faults import *
 
-# %% ../../nbs/09_io.series.ipynb #951b8ac5
+# %% ../../nbs/09_io.series.ipynb #9211f441
 @dataclass(frozen=True)
 class SeriesFacts:
     "What the headers say of one series; None or '' where they say nothing"
@@ -84,7 +84,7 @@ def series_facts(
         body_part=text('BodyPartExamined'), manufacturer=text('Manufacturer'), model=text('ManufacturerModelName'),
         syntax=SYNTAXES.get(h.syntax, h.syntax), scan_options=many('ScanOptions'), position=text('PatientPosition'))
 
-# %% ../../nbs/09_io.series.ipynb #9f38e434
+# %% ../../nbs/09_io.series.ipynb #54b603c9
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
     "One regular stack of CT slices, checked, without its pixels"
@@ -101,7 +101,7 @@ class DicomSeries:
 
     def __repr__(self):
         f, said = self.facts, ', '.join(o.code for o in self.findings)
-        what = f'{f.description!r}, {f.kvp or "?"} kVp, kernel {f.kernel or "?"}, {f.thickness_mm} mm thick'
+        what = f'{f.description!r}, {f.kvp or 0:g} kVp, kernel {f.kernel or "?"}, {f.thickness_mm} mm thick'
         return f'DicomSeries {self.uid}: {what}, {self.geometry!r}' + (f', findings {said}' if said else '')
 
 def check_series(
@@ -119,7 +119,7 @@ def check_series(
     return DicomSeries(facts.uid, files, geometry, replace(facts, increment_mm=step), found + remarks(slices, step),
                        tuple(slices))
 
-# %% ../../nbs/09_io.series.ipynb #2b9949eb
+# %% ../../nbs/09_io.series.ipynb #013a6128
 @dataclass(frozen=True, eq=False)
 class SeriesEntry:
     "One series found: ready (`series`) or refused (`refusal`)"
@@ -135,6 +135,8 @@ class SeriesEntry:
         if self.refusal: return self.refusal.code
         return ', '.join(['ok', *dict.fromkeys(f.code for f in self.series.findings)])
 
+    def __repr__(self): return f'SeriesEntry {self.uid or "unnamed"}: {self.refusal or self.verdict}'
+
 _DIRECTORY = b'1.2.840.10008.1.3.10' # DICOMDIR: names files, is not followed
 
 def _read_all(files, progress):
@@ -147,11 +149,15 @@ def _read_all(files, progress):
         if progress: progress(n)
     return headers, bad, n
 
+def _size(path):
+    try: return path.stat().st_size
+    except OSError: return 0 # gone since it was listed
+
 def _belongs(path, error, headers):
     "May the unreadable file at `path` be a slice of the series of `headers`?"
     if getattr(error, 'series', ''): return error.series == headers[0].get('SeriesInstanceUID')
     beside = [h.path for h in headers if h.path.parent == path.parent]
-    return bool(beside) and (path.stat().st_size >= 132 or path.suffix.lower() in {p.suffix.lower() for p in beside})
+    return bool(beside) and (_size(path) >= 132 or path.suffix.lower() in {p.suffix.lower() for p in beside})
 
 def _named(headers):
     "Headers without a SeriesInstanceUID, named after what they are: the files of one folder are taken as one series"
@@ -193,7 +199,7 @@ def _of_input(source, progress, fewest, unpack):
     mine = {k: [b for b in bad if _belongs(*b, g)] for k,g in groups.items()}
     out = [_entry(g, str(source), mine[k], fewest) for k,g in groups.items()]
     taken = {p for b in mine.values() for p,_ in b}
-    lost = [(p, e) for p,e in bad if p not in taken and (p.stat().st_size >= 132 or n == 1)]
+    lost = [(p, e) for p,e in bad if p not in taken and (_size(p) >= 132 or n == 1)]
     out += [none(e) for _,e in lost]
     return out or [none(DicomSeriesError(f'no DICOM file among {n} files', 'NO_DICOM',
                                          'give the folder of a CT series'))]
@@ -208,7 +214,7 @@ def find_series(
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     return [e for i in inputs for e in _of_input(i, progress, fewest, unpack)]
 
-# %% ../../nbs/09_io.series.ipynb #e69283ff
+# %% ../../nbs/09_io.series.ipynb #21c0e946
 def series_table(
     entries, # of SeriesEntry
 ): # pandas DataFrame, one row a series
@@ -224,7 +230,7 @@ def series_table(
                          syntax=f.syntax, verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_io.series.ipynb #5234561d
+# %% ../../nbs/09_io.series.ipynb #f566b86e
 _SHARP = re.compile(r'bone|lung|edge|sharp|detail|chest|^[a-z]{1,2}[5-9]\d|^fc(3|5|8)\d|^y[a-d]$|^hr', re.I)
 
 def _rank(s):
@@ -233,7 +239,7 @@ def _rank(s):
     thick, long, sharp = f.thickness_mm or step, step*len(s.headers), bool(_SHARP.search(f.kernel))
     far = round(max(abs(np.clip(v, 2.5, 3.) - v) for v in (step, thick)), 2)
     say = (f'contrast: {f.contrast}' if f.contrast else 'no contrast named', f'{thick:g} mm slices every {step:.3g} mm',
-           f'kernel {f.kernel or "unknown"}' + ' (sharp)'*sharp, f'{f.kvp or "unknown"} kVp', f'{long:.0f} mm long')
+           f'kernel {f.kernel or "unknown"}' + ' (sharp)'*sharp, f'{f.kvp:g} kVp' if f.kvp else 'kVp unknown', f'{long:.0f} mm long')
     return (bool(f.contrast), far, sharp, abs((f.kvp or 0) - 120.), -round(min(long, 120.))), ', '.join(say)
 
 def choose_series(
