@@ -239,7 +239,8 @@ def _rank(s):
     thick, long, sharp = f.thickness_mm or step, step*len(s.headers), bool(_SHARP.search(f.kernel))
     far = round(max(abs(np.clip(v, 2.5, 3.) - v) for v in (step, thick)), 2)
     say = (f'contrast: {f.contrast}' if f.contrast else 'no contrast named', f'{thick:g} mm slices every {step:.3g} mm',
-           f'kernel {f.kernel or "unknown"}' + ' (sharp)'*sharp, f'{f.kvp:g} kVp' if f.kvp else 'kVp unknown', f'{long:.0f} mm long')
+           f'kernel {f.kernel or "unknown"}' + ' (sharp)'*sharp, f'{f.kvp:g} kVp' if f.kvp else 'kVp unknown',
+           f'{long:.0f} mm long')
     return (bool(f.contrast), far, sharp, abs((f.kvp or 0) - 120.), -round(min(long, 120.))), ', '.join(say)
 
 def choose_series(
