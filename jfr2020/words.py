@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PHRASES', 'UNITS', 'LANGUAGES', 'TITLES', 'PROTOCOL', 'Words']
 
-# %% ../nbs/25a_words.ipynb #bd581956
+# %% ../nbs/25a_words.ipynb #a3792b0f
 from .errors import *
 
-# %% ../nbs/25a_words.ipynb #b85b34ed
+# %% ../nbs/25a_words.ipynb #ee0b37d8
 PHRASES = dict( # key -> (English, French)
     title=('Coronary calcium', 'Calcifications coronaires'),
     report=('Calcium score report', 'Compte rendu de score calcique'),
@@ -133,19 +133,60 @@ PHRASES = dict( # key -> (English, French)
 UNITS = dict(HU=('HU', 'UH')) # unit -> (English, French), where they differ
 LANGUAGES = ('en', 'fr')
 
-# %% ../nbs/25a_words.ipynb #7d174021
+# %% ../nbs/25a_words.ipynb #ea669a1c
 TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects candidates -> (English, French)
     metal=('Metal', 'Métal'),
     bone=('Bone', 'Os'),
     cartilage=('Cartilage', 'Cartilage'),
     outside=('Outside of the heart', 'Hors du cœur'),
-    prevertebral=('Before the spine', 'Prévertébral'),
+    behind=('Behind the heart', 'Derrière le cœur'),
     descending_aorta=('Descending aorta', 'Aorte descendante'),
     aortic_root=('Aortic root or valve', 'Racine ou valve aortique'),
     lung=('Lung', 'Poumon'),
     hilum=('Hilum', 'Hile pulmonaire'),
     noise=('Noise', 'Bruit'),
     muscle=('Heart muscle', 'Muscle cardiaque'),
+    CLICK_LEAKS=('Click spreads', 'Clic qui déborde'),
+    CLICK_OUTSIDE=('Click outside', 'Clic hors du volume'),
+    FEWER_THAN_SAID=('Fewer images than stated', 'Moins d’images qu’annoncé'),
+    NO_AORTA=('Aorta not found', 'Aorte non trouvée'),
+    NO_SERIES_UID=('No series UID', 'UID de série absent'),
+    NO_SOP_CLASS=('No SOP class', 'Classe SOP absente'),
+    PHOTOMETRIC=('Grey scale', 'Échelle de gris'),
+    PREAMBLE=('Odd file preamble', 'Préambule de fichier inhabituel'),
+    RESCALE_PER_SLICE=('Rescale differs by slice', 'Conversion en UH par coupe'),
+    SERIES_CHOSEN=('Series chosen', 'Série choisie'),
+    AMBIGUOUS=('Ambiguous choice', 'Choix ambigu'),
+    NO_SERIES=('No such series', 'Série introuvable'),
+    SHIFTED=('Shifted slices', 'Coupes décalées'),
+    SHEARED=('Sheared grid', 'Grille oblique'),
+    ORIENTATION=('Orientation', 'Orientation'),
+    RESCALE_TYPE=('Not in HU', 'Pas en UH'),
+    PIXEL_CODING=('Pixel coding', 'Codage des pixels'),
+    PIXEL_LENGTH=('Pixel data length', 'Longueur des pixels'),
+    MULTIFRAME=('Multi-frame', 'Multi-image'),
+    GAP_RANGE=('Slice distance', 'Distance entre coupes'),
+    SPACING_RANGE=('Pixel spacing', 'Taille de pixel'),
+    POSITION_RANGE=('Slice position', 'Position de coupe'),
+    CONSTANT_SLICES=('Empty slices', 'Coupes vides'),
+    LIMIT=('Above the limits', 'Au-delà des limites'),
+    LIMIT_BYTES=('Above the limits', 'Au-delà des limites'),
+    LIMIT_FILES=('Above the limits', 'Au-delà des limites'),
+    DEFLATE_BOMB=('Above the limits', 'Au-delà des limites'),
+    ZIP=('Zip archive', 'Archive zip'),
+    MASK_GRID=('Mask on another grid', 'Masque sur une autre grille'),
+    NOT_NIFTI=('Not NIfTI', 'Pas du NIfTI'),
+    NOT_LABELS=('Not a mask', 'Pas un masque'),
+    NO_FILE=('No such file', 'Fichier introuvable'),
+    NO_AFFINE=('No position', 'Position absente'),
+    DIMENSIONS=('Dimensions', 'Dimensions'),
+    SPACING=('Voxel size', 'Taille de voxel'),
+    UNIT=('Length unit', 'Unité de longueur'),
+    DICOM_SEG=('DICOM segmentation', 'Segmentation DICOM'),
+    DISK=('Cannot write', 'Écriture impossible'),
+    INTERNAL=('Internal error', 'Erreur interne'),
+    WORKER_DIED=('Worker died', 'Processus interrompu'),
+    NOT_FINITE=('Not numbers', 'Valeurs non numériques'),
     KVP=('Tube voltage', 'Tension du tube'),
     KVP_BETWEEN=('Tube voltage', 'Tension du tube'),
     KVP_BEYOND=('Tube voltage', 'Tension du tube'),
@@ -196,7 +237,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
 PROTOCOL = frozenset('''KVP KVP_BETWEEN KVP_BEYOND TIN THICKNESS NO_THICKNESS KERNEL NOISE NOT_GATED CONTRAST_HINT
     OVERLAP GAP GAPS LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
 
-# %% ../nbs/25a_words.ipynb #39506fd0
+# %% ../nbs/25a_words.ipynb #802f5ac7
 class Words:
     "Phrases, titles and numbers of one language"
     def __init__(self,
