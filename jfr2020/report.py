@@ -6,7 +6,7 @@
 __all__ = ['PAGE_BYTES', 'OTHER_BYTES', 'MOST_LESIONS', 'MOST_REJECTED', 'MOST_SERIES', 'RING_MM3', 'software', 'case_report',
            'case_picture', 'cohort_report']
 
-# %% ../nbs/26_report.ipynb #9392de04
+# %% ../nbs/26_report.ipynb #97bf251f
 import math, platform, statistics, string
 from collections import Counter
 from importlib import metadata
@@ -24,7 +24,7 @@ from .case import *
 from .words import *
 from .pictures import *
 
-# %% ../nbs/26_report.ipynb #3d1fee49
+# %% ../nbs/26_report.ipynb #c87e7f5c
 PAGE_BYTES,OTHER_BYTES = 1_500_000,250_000 # largest page; what is kept free of pictures
 MOST_LESIONS,MOST_REJECTED,MOST_SERIES = 200,60,1000 # rows of a table
 RING_MM3 = 1000. # mm3, up to which a candidate that was turned down is pointed at
@@ -42,7 +42,7 @@ def _page(name, words, title, **values):
         raise StoreError(f'the page takes {len(html.encode())} bytes, at most {PAGE_BYTES} allowed', 'PAGE')
     return html
 
-# %% ../nbs/26_report.ipynb #b3aef4c6
+# %% ../nbs/26_report.ipynb #016a8631
 def _acquisition(case, t): # rows of the table
     f, g, rows = case.facts, case.geometry, []
     say = lambda key,value: rows.append((t(key), value)) if value not in (None, '', '—') else None
@@ -75,15 +75,20 @@ def _rejected(r): # any candidate -> what the table shows
     return dict(rule=get('rule') or '', why=get('why') or '', volume_mm3=get('volume_mm3') or 0.,
                 peak_hu=get('peak_hu'), centre_mm=tuple(get('centre_mm') or ()), letter='')
 
-def _turned(case): # candidates that were turned down, the small ones lettered and first: bones are large
-    out = sorted(map(_rejected, case.rejected), key=lambda r: (r['volume_mm3'] > RING_MM3, -r['volume_mm3']))
-    for r,letter in zip(out, string.ascii_lowercase): r['letter'] = letter if r['volume_mm3'] <= RING_MM3 else ''
-    return out
+def _doubtful(r, box): # could a reader take it for coronary: small, and inside of the heart box
+    if len(r['centre_mm']) != 3 or r['volume_mm3'] > RING_MM3: return False
+    return box is None or bool(((box.corners_mm[0] <= r['centre_mm']) & (r['centre_mm'] <= box.corners_mm[1])).all())
+
+def _turned(case): # candidates that were turned down; those a reader may wonder about first, with a letter
+    out = [_rejected(r) for r in case.rejected]
+    ask = sorted((r for r in out if _doubtful(r, case.box)), key=lambda r: -r['volume_mm3'])
+    for r,letter in zip(ask, string.ascii_lowercase): r['letter'] = letter
+    return sorted(out, key=lambda r: (r['letter'] or '~', -r['volume_mm3']))
 
 def _pictures(case, turned): # what there is to see
     s = scene(case)
     if s is None: return dict(overview=None, slices=(), left_out=0, planes=(), colours={})
-    rings = [(r['letter'], r['centre_mm']) for r in turned if r['letter'] and len(r['centre_mm']) == 3]
+    rings = [(r['letter'], r['centre_mm']) for r in turned if r['letter']]
     overview, planes = overview_picture(s, rings=rings), plane_pictures(s)
     slices, left = slice_pictures(s, PAGE_BYTES-OTHER_BYTES-sum(p.size for p in (overview, *planes)))
     return dict(overview=overview, slices=slices, left_out=left, planes=planes, colours=s.colours)
@@ -112,7 +117,7 @@ def case_report(
         acquisition=_acquisition(case, t), settings=_settings(case, t), software=list(software().items()), times=times,
         **_pictures(case, turned))
 
-# %% ../nbs/26_report.ipynb #89a78aba
+# %% ../nbs/26_report.ipynb #94bf5818
 def case_picture(
     case:CaseResult, # with its pixels
 ) -> Picture: # None where the pixels were not kept; about 10 kB

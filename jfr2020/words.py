@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PHRASES', 'UNITS', 'LANGUAGES', 'TITLES', 'PROTOCOL', 'Words']
 
-# %% ../nbs/25a_words.ipynb #a3792b0f
+# %% ../nbs/25a_words.ipynb #96ccffbf
 from .errors import *
 
-# %% ../nbs/25a_words.ipynb #ee0b37d8
+# %% ../nbs/25a_words.ipynb #53ffdd63
 PHRASES = dict( # key -> (English, French)
     title=('Coronary calcium', 'Calcifications coronaires'),
     report=('Calcium score report', 'Compte rendu de score calcique'),
@@ -39,8 +39,8 @@ PHRASES = dict( # key -> (English, French)
     total=('Total', 'Total'),
     not_calibrated=('not calibrated', 'non étalonnée'),
     overview=('Maximum through the region searched', 'Maximum à travers la région explorée'),
-    rings=('Letters: small candidates turned down, see the table below.',
-           'Lettres : petits candidats écartés, voir le tableau plus bas.'),
+    rings=('Letters: small candidates of the heart region turned down, see the table below.',
+           'Lettres : petits candidats de la région cardiaque écartés, voir le tableau plus bas.'),
     zero=('No lesion passes the rule.', 'Aucune lésion ne remplit la règle.'),
     protocol=('Protocol deviations', 'Écarts au protocole'),
     warnings=('Remarks', 'Remarques'),
@@ -133,7 +133,7 @@ PHRASES = dict( # key -> (English, French)
 UNITS = dict(HU=('HU', 'UH')) # unit -> (English, French), where they differ
 LANGUAGES = ('en', 'fr')
 
-# %% ../nbs/25a_words.ipynb #ea669a1c
+# %% ../nbs/25a_words.ipynb #25af3a40
 TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects candidates -> (English, French)
     metal=('Metal', 'Métal'),
     bone=('Bone', 'Os'),
@@ -237,7 +237,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
 PROTOCOL = frozenset('''KVP KVP_BETWEEN KVP_BEYOND TIN THICKNESS NO_THICKNESS KERNEL NOISE NOT_GATED CONTRAST_HINT
     OVERLAP GAP GAPS LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
 
-# %% ../nbs/25a_words.ipynb #802f5ac7
+# %% ../nbs/25a_words.ipynb #f397d62a
 class Words:
     "Phrases, titles and numbers of one language"
     def __init__(self,

@@ -256,10 +256,11 @@ def test_cohort_counts_and_agreement():
 
 def test_candidates_turned_down_are_pointed_at():
     turned = [dict(rule='bone', why='a rib', volume_mm3=9000., peak_hu=600, centre_mm=(0, 0, 0)),
+              dict(rule='outside', why='beyond the box', volume_mm3=20., peak_hu=200, centre_mm=(60, 0, 0)),
               dict(rule='lung', why='touches air', volume_mm3=12., peak_hu=200, centre_mm=(10, -5, 1))]
     case = make(rejected=tuple(turned))
     html = case_report(case)
-    assert html.index('touches air') < html.index('a rib') and '<b>a</b>' in html and '<b>b</b>' not in html
+    assert html.index('touches air') < html.index('a rib') < html.index('beyond the box') and '<b>a</b>' in html and '<b>b</b>' not in html
     circle, = re.findall('<circle cx="([0-9.]+)" cy="([0-9.]+)"', html)
     p = overview_picture(scene(case), rings=[('a', (10, -5, 1))])
     assert np.allclose([float(c) for c in circle], p.rings[0][:2], atol=.01)
