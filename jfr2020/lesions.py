@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHELL_MM', 'NEAR_MM', 'FAT_HU', 'BONE_MM', 'OUTSIDE_MM', 'BEHIND_MM', 'WALL_MM', 'FAT_MM', 'LUNG_MM', 'HILUM_MM',
-           'FRONT', 'BACK', 'CARTILAGE_HU', 'NOISE_MM3', 'NOISE_SDS', 'RULES', 'ROOT_MM', 'AROUND_MM', 'Candidate',
-           'Candidates', 'find_candidates', 'Segmentation', 'RuleSegmenter', 'snap_to_lesions', 'grow_from_click',
-           'read_clicks']
+           'FRONT_PART', 'BACK_PART', 'CARTILAGE_HU', 'NOISE_MM3', 'NOISE_SDS', 'RULES', 'ROOT_MM', 'AROUND_MM',
+           'Candidate', 'Candidates', 'find_candidates', 'Segmentation', 'RuleSegmenter', 'snap_to_lesions',
+           'grow_from_click', 'read_clicks']
 
 # %% ../nbs/23_lesions.ipynb #2d5f11eb
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _place(ct, anatomy, box, aorta, found, pick): # the columns that need anatom
 # %% ../nbs/23_lesions.ipynb #287662a7
 BONE_MM, OUTSIDE_MM, BEHIND_MM, WALL_MM, FAT_MM = 3., 3., 15., 2., 6. # mm, see the rules
 LUNG_MM, HILUM_MM = 2.2, 4. # mm to air, anywhere and in the back of the heart box, where the hila are
-FRONT, BACK = .125, .7 # parts of the heart box from its front: before, ribs and sternum; behind, the hila
+FRONT_PART, BACK_PART = .125, .7 # parts of the heart box from its front: before, ribs and sternum; behind, the hila
 CARTILAGE_HU = 75., 60. # HU, median around a candidate: anywhere, in the front of the box; heart 45, liver 60
 NOISE_MM3, NOISE_SDS = 8., 5.5 # mm3 that noise makes; SDs above its surroundings it gets in a million voxels
 
@@ -93,7 +93,7 @@ def _bone(c):
 
 def _cartilage(c):
     "in tissue denser than heart or liver: cartilage of a rib"
-    front = c['frame'][:,1] < FRONT
+    front = c['frame'][:,1] < FRONT_PART
     return c['around_hu'] > np.where(front, CARTILAGE_HU[1], CARTILAGE_HU[0])
 
 def _outside(c):
@@ -118,7 +118,7 @@ def _lung(c):
 
 def _hilum(c):
     "near air in the back of the heart box: bronchus, vessel or node of the hilum"
-    return (c['lung_mm'] <= HILUM_MM) & (c['frame'][:,1] > BACK)
+    return (c['lung_mm'] <= HILUM_MM) & (c['frame'][:,1] > BACK_PART)
 
 def _noise(c):
     "so small and faint that noise explains it"
@@ -150,7 +150,8 @@ class Candidate:
 
     def __repr__(self):
         verdict = f'{self.rule} ({self.why})' if self.rule else 'kept'
-        return f'{self.volume_mm3:.1f} mm3, {self.peak_hu:.0f} HU at {tuple(round(float(x)) for x in self.centre_mm)} mm: {verdict}'
+        at = ', '.join(f'{x:.0f}' for x in self.centre_mm)
+        return f'{self.volume_mm3:.1f} mm3, {self.peak_hu:.0f} HU at ({at}) mm: {verdict}'
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
@@ -182,9 +183,9 @@ class Candidates:
 
     def __getitem__(self, i) -> Candidate:
         c = self.columns; name = str(self.rule[i])
-        slices = int(c['first'][i][0]), int(c['last'][i][0])
-        return Candidate(int(i)+1, float(c['volume_mm3'][i]), float(c['peak_hu'][i]), tuple(map(float, c['centre_mm'][i])),
-                         slices, name, _why(name, c, i))
+        centre, slices = tuple(map(float, c['centre_mm'][i])), (int(c['first'][i][0]), int(c['last'][i][0]))
+        volume, peak = float(c['volume_mm3'][i]), float(c['peak_hu'][i])
+        return Candidate(int(i)+1, volume, peak, centre, slices, name, _why(name, c, i))
 
     @property
     def rejected(self) -> tuple: # of Candidate
@@ -201,7 +202,8 @@ class Candidates:
     def __repr__(self):
         names, n = np.unique(self.rule[~self.kept], return_counts=True)
         by = ', '.join(f'{name} {k}' for name,k in zip(names, n)) or 'none'
-        return f'{len(self)} candidates, {self.kept.sum()} kept; rejected: {by}; {self.specks} specks too small to count'
+        specks = f'{self.specks} specks too small to count'
+        return f'{len(self)} candidates, {self.kept.sum()} kept; rejected: {by}; {specks}'
 
 def _name(rule): return rule.__name__[1:]
 
@@ -230,7 +232,8 @@ def find_candidates(
     pick = pick[np.argsort(-found['volume_mm3'][pick], kind='stable')]
     seen = blood(ct, anatomy, box)
     columns = {k: v[pick] for k,v in found.columns.items()} | _place(ct, anatomy, box, aorta, found, pick)
-    local = columns['around_hu']+NOISE_SDS*columns['noise_hu']
+    sd = np.fmin(columns['noise_hu'], 2*seen.noise_hu) # more than twice the heart's is an edge, not noise
+    local = columns['around_hu']+NOISE_SDS*sd
     columns['noise_top_hu'] = np.fmax(local, seen.median_hu+NOISE_SDS*seen.noise_hu)
     verdict = np.full(len(pick), '', dtype='U24')
     for test,_ in RULES[::-1]: verdict[test(columns)] = _name(test)
