@@ -193,7 +193,8 @@ def demo(
         write_cohort(out/'dicom', n, seed, progress=progress, **scan)
     truth = pd.read_csv(out/'dicom'/'truth.csv')
     known = {r.series_uid: r.agatston for r in truth.itertuples() if r.expected == 'scored'}
-    entries = score_batch(out/'dicom', out, progress=progress, truth=known, lang=lang, name='synthetic cohort')
+    folders = [out/'dicom'/f for f in truth.folder] # one input a patient: the page shows their names
+    entries = score_batch(folders, out, progress=progress, truth=known, lang=lang, name='synthetic cohort')
     of = lambda e,part,key: e[part] and e[part][key]
     found = pd.DataFrame([dict(series_uid=e['series_uid'], found=e['agatston'], found_class=of(e, 'category', 'label'),
                                refusal=of(e, 'refusal', 'code')) for e in entries])

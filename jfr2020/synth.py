@@ -195,7 +195,7 @@ class Oval:
     half_mm:tuple # mm, half axes (x,y)
     centre_mm:tuple=(0.,0.) # RAS+ mm (x,y)
 
-BODY_MM = {'S':(300.,200.), 'M':(350.,250.), 'L':(400.,300.), 'bare':(300.,200.)} # mm, (x,y) outline without and with fat ring
+BODY_MM = {'S':(300.,200.), 'M':(350.,250.), 'L':(400.,300.), 'bare':(300.,200.)} # mm, (x,y) outline, M and L with fat ring
 BODY_LENGTH = 100. # mm
 THORAX = (Oval(BACKGROUND_HU, (150.,100.)), Oval(-800., (48.,62.), (88.,0.)), Oval(-800., (48.,62.), (-88.,0.)),
           Oval(BACKGROUND_HU, (57.,57.)), Oval(180., (17.,15.), (0.,-75.))) # body, lungs, wall of the hole, spine
@@ -250,7 +250,7 @@ class PhantomTruth:
 def qrm_phantom(
     rng:np.random.Generator=None, # placement and noise; None is centred
     *,
-    body:str='S', # 'S' 300 x 200 mm, 'M', 'L' with fat rings; 'bare' S without spine and dense rod: only inserts are bright
+    body:str='S', # 'S', 'M', 'L' with fat rings; 'bare': S without spine and dense rod, only inserts are bright
     matrix:int=512, # rows and columns
     fov_mm:float=220., # mm
     length_mm:float=120., # mm scanned along z; the body is 100 mm long
@@ -279,7 +279,8 @@ def qrm_phantom(
 def _body(g, size, offset, thickness, fwhm): # air, body and fat ring, HU
     x,y,z = (float(o) for o in offset)
     ring = (Oval(-100., tuple(s/2 for s in BODY_MM[size])),) if size in 'ML' else ()
-    ovals = [replace(o, centre_mm=(o.centre_mm[0]+x, o.centre_mm[1]+y)) for o in ring+(THORAX[:-1] if size == 'bare' else THORAX)]
+    parts = ring + (THORAX[:-1] if size == 'bare' else THORAX)
+    ovals = [replace(o, centre_mm=(o.centre_mm[0]+x, o.centre_mm[1]+y)) for o in parts]
     slices = g.to_world(np.arange(g.shape[0])[:,None]*[1,0,0])[:,2]
     part = slice_overlap(slices, thickness, z-BODY_LENGTH/2, z+BODY_LENGTH/2).astype(np.float32)
     air = np.float32(-1000)
