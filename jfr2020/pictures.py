@@ -6,7 +6,7 @@
 __all__ = ['MARGIN_MM', 'LEAST_MM', 'FINENESS', 'MARK_BYTES', 'outline', 'template', 'Picture', 'jpeg', 'draw_picture', 'Scene',
            'scene', 'slice_pictures', 'overview_picture', 'plane_pictures']
 
-# %% ../nbs/25b_pictures.ipynb #41ff36df
+# %% ../nbs/25b_pictures.ipynb #3d88f6f3
 import base64, io
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .view import *
 from .calcium import *
 from .case import *
 
-# %% ../nbs/25b_pictures.ipynb #7c766835
+# %% ../nbs/25b_pictures.ipynb #d0e307f9
 def _runs(a): # (R,C) bool -> (row, first, after the last) of each run of ones along rows
     step = np.diff(np.pad(a.astype(np.int8), ((0,0), (1,1))), axis=1)
     return np.column_stack([np.argwhere(step == 1), np.argwhere(step == -1)[:,1]])
@@ -43,7 +43,7 @@ def outline(
     area = ''.join(f'M{s((i+l)*c)} {s((y+u)*r)}h{s((j-i)*c)}v{s(r)}h{s((i-j)*c)}z' for y,i,j in _runs(a))
     return flat+tall, area
 
-# %% ../nbs/25b_pictures.ipynb #0f62cdfa
+# %% ../nbs/25b_pictures.ipynb #676ae29f
 @lru_cache
 def template(
     name:str, # of a file in assets/
@@ -56,7 +56,7 @@ def template(
     env.filters['mm'] = _short
     return env.get_template(name)
 
-# %% ../nbs/25b_pictures.ipynb #1158e137
+# %% ../nbs/25b_pictures.ipynb #31dcc537
 @dataclass(frozen=True)
 class Picture:
     "A grey image with its drawings; lengths in mm from its upper left corner"
@@ -100,7 +100,7 @@ def jpeg(
     grey.save(out, 'JPEG', quality=quality, optimize=True)
     return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/25b_pictures.ipynb #32efa119
+# %% ../nbs/25b_pictures.ipynb #9e47e61e
 def _mark(a, pixel_mm, colour, text): # (R,C) bool -> a mark, its text not yet placed
     edges, area = outline(a, pixel_mm)
     (y0,y1,x0,x1), (r,c) = _bounds(a), pixel_mm
@@ -139,7 +139,7 @@ def draw_picture(
     marks = _place([_mark(a, pixel_mm, colour, k) for k,(a,colour) in (ids or {}).items()], w, h)
     return Picture(plane, w, h, jpeg(hu, window, pixel_mm, step_mm, quality), tuple(letters), marks, **more)
 
-# %% ../nbs/25b_pictures.ipynb #c51c7a7c
+# %% ../nbs/25b_pictures.ipynb #c0bda776
 MARGIN_MM,LEAST_MM = 10.,110. # mm around the heart region; smallest side of a window
 FINENESS = (.4,82), (.5,76), (.65,70), (.8,65), (1.,55) # (mm of a pixel, JPEG quality), finest first
 MARK_BYTES = 80_000 # what the drawings of one projection may take; a skeleton would take more
@@ -206,7 +206,7 @@ def _light(p, most, numbers=True): # without its marks where they take more than
     marks = p.marks if numbers else tuple(dict(m, text='') for m in p.marks)
     return replace(p, marks=marks if p.size-len(p.image) <= most else ())
 
-# %% ../nbs/25b_pictures.ipynb #39d8ac04
+# %% ../nbs/25b_pictures.ipynb #b6297aa5
 def slice_pictures(
     s:Scene, # what there is to draw
     budget:int=1_000_000, # bytes, all pictures together
