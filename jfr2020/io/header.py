@@ -81,6 +81,13 @@ def _value(vr, raw, codec, signed):
     if vr == 'IS': out = tuple(_number(int, o) for o in out)
     return out[0] if len(out) == 1 else out
 
+@lru_cache(maxsize=16384)
+def _numbers(vr, raw, signed, n):
+    "Bytes of one attribute -> `n` floats, or None where they are not there"
+    v = _value(vr, raw, 'latin-1', signed) if raw.strip(b' \0') or vr in ('US', 'XS') and raw else ()
+    v = v if isinstance(v, tuple) else (v,)
+    return tuple(map(float, v)) if len(v) == n and all(isinstance(o, (int, float)) for o in v) else None
+
 def _number(kind, text):
     "A number, or the text where it is none; an integer may be written 3.0"
     try: v = float(text)
@@ -120,9 +127,8 @@ class Header(NamedTuple):
         n:int=1, # how many numbers are needed
     ): # tuple of n floats, or None when they are not there
         "The `n` numbers of an attribute, if it holds exactly that"
-        v = self.get(keyword)
-        v = v if isinstance(v, tuple) else (v,)
-        return tuple(map(float, v)) if len(v) == n and all(isinstance(o, (int, float)) for o in v) else None
+        raw = self.raw.get(keyword)
+        return _numbers(TAGS[keyword][1], raw, self.raw.get('PixelRepresentation') == b'\1\0', n) if raw else None
 
     def each_frame(self) -> tuple: # of Header, one a slice
         "One header per frame; a single-frame file is its own"

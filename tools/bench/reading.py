@@ -11,6 +11,7 @@ from jfr2020.io.series import find_series
 from jfr2020.io.write import Protocol, write_series
 from jfr2020.volume import OUTSIDE, CTVolume
 from tools.bench import interleaved, table
+from tools.bench.index import like_a_scanner
 
 
 def scan(slices, size=512):
@@ -24,21 +25,6 @@ def scan(slices, size=512):
         hu[:] = np.rint(body + rng.normal(0, 12, body.shape)).clip(OUTSIDE, 3071)
         hu[np.hypot(x, y) > 1] = OUTSIDE
     return CTVolume(out, Geometry.from_spacing(out.shape, (3, .4, .4)))
-
-
-def like_a_scanner(ds, k):
-    "The rest of a header: a scanner writes some hundred attributes, references to other images and kilobytes of its own"
-    for i,key in enumerate(('InstitutionName', 'StationName', 'InstitutionalDepartmentName', 'ProtocolName', 'RequestedProcedureDescription')):
-        setattr(ds, key, f'synthetic {i}')
-    for key in ('DataCollectionDiameter', 'ReconstructionDiameter', 'DistanceSourceToDetector', 'DistanceSourceToPatient', 'TableHeight',
-                'GantryDetectorTilt', 'GeneratorPower', 'FocalSpots', 'SliceLocation', 'WindowCenter', 'WindowWidth'): setattr(ds, key, '1')
-    for key in ('ExposureTime', 'XRayTubeCurrent', 'Exposure'): setattr(ds, key, 100)
-    for key in ('ReferencedStudySequence', 'ReferencedPatientSequence', 'SourceImageSequence', 'ReferencedImageSequence'):
-        item = pydicom.Dataset()
-        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = ds.SOPClassUID, f'{ds.SeriesInstanceUID}.{k}'
-        setattr(ds, key, [item])
-    own = ds.private_block(0x0029, 'SYNTHETIC', create=True)
-    for i,n in enumerate((2048, 1024)): own.add_new(i, 'OB', bytes(range(256))*(n//256))
 
 
 def ours(folder, workers=None):
