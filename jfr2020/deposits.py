@@ -85,7 +85,7 @@ def cover(
     k = at(raster.planes, z0-raster.step, z1+raster.step)
     i,j = at(raster.y, y0-m, y1+m), at(raster.x, x0-m, x1+m)
     if not (len(k) and len(i) and len(j)): return None
-    px, up, uz = raster.pixel, int(np.ceil(raster.pixel/.22)), int(np.ceil(raster.step/.4))
+    px, up, uz = raster.pixel, min(6, int(np.ceil(raster.pixel/.22))), min(6, int(np.ceil(raster.step/.4)))
     sub = lambda v, n, s: (v[:,None] + s*((np.arange(n)+.5)/n-.5)).ravel().astype(np.float32)
     x,y = sub(raster.x[j], up, raster.x[1]-raster.x[0]), sub(raster.y[i], up, raster.y[1]-raster.y[0])
     out = np.zeros((len(k), len(i), len(j)), np.float32)

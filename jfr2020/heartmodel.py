@@ -87,6 +87,9 @@ def make_heart(
     "The heart of a patient"
     axes, k = heart_axes(*a.heart_turn), a.heart_scale
     middle = np.array(HEART_MIDDLE)*a.scale
+    atrium = Ellipsoid(k*np.array(CHAMBERS['LA'][0]) @ axes, k*np.array(CHAMBERS['LA'][1]), axes)
+    back = middle[1] + atrium.centre[1] - atrium.extent[1]
+    middle[1] += max(0, 5-51.5*a.depth-back) # in a flat chest it moves forward, off the spine
     solid = lambda c, r: Ellipsoid(middle + k*np.array(c) @ axes, k*np.array(r), axes)
     place = lambda parts: {n: solid(*v) for n,v in parts.items()}
     return Heart(middle, axes, k, place(CHAMBERS), place(CAVITIES))

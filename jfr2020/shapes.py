@@ -107,8 +107,8 @@ class Column:
     def __post_init__(self): object.__setattr__(self, 'knots', np.asarray(self.knots, np.float64))
 
     def at(self,
-        z, # mm, scalar
-    ) -> tuple: # mm: centre x, centre y, half-width in x, half-width in y
+        z, # mm
+    ) -> tuple: # mm: centre x, centre y, half-width in x, half-width in y; each like z
         "The superellipse at one height"
         return tuple(np.float32(np.interp(z, self.knots[:,0], k)) for k in self.knots.T[1:])
 
@@ -122,14 +122,14 @@ class Column:
         return None if min(a,b)+grow <= 0 else (cx-a-grow, cx+a+grow, cy-b-grow, cy+b+grow)
 
     def distance(self,
-        x, y, z, # mm, RAS+; z a scalar
+        x, y, z, # mm, RAS+, broadcastable
     ): # mm, negative inside
         "Signed distance along the ray from the centre"
         cx,cy,a,b = self.at(z)
         dx,dy = x-cx, y-cy
-        q = np.abs(dx/max(a,.1))**self.power + np.abs(dy/max(b,.1))**self.power
+        q = np.abs(dx/np.maximum(a, .1))**self.power + np.abs(dy/np.maximum(b, .1))**self.power
         f = np.maximum(q, 1e-6)**(1/self.power)
-        return np.sqrt(dx*dx+dy*dy)*(1-1/f) - (f<.1)*min(a,b)
+        return np.sqrt(dx*dx+dy*dy)*(1-1/f) - (f<.1)*np.minimum(a, b)
 
     def edge(self,
         angle, # radians, in the axial plane: 0 towards the patient's right, pi/2 to the front
@@ -167,7 +167,7 @@ class Tube:
 
     def distance(self,
         x, y, z, # mm, RAS+; x (1,w), y (h,1), z a scalar
-        reach:float=8., # mm, how far from the tube distances are still right
+        reach:float=3., # mm, how far from the tube distances are still right
     ): # mm, negative inside
         "Signed distance to the nearest bead"
         d = np.full(np.broadcast_shapes(np.shape(x), np.shape(y)), 1e3, np.float32)

@@ -112,7 +112,7 @@ def _middle(plane, p, heart): # distance to all that keeps the lung away
     for pipe in (*p.pipes.values(), *list(p.airways.values())[:3]):
         box = pipe.box(plane.z, 6)
         if box is None or (w:=plane.window(box)) is None: continue
-        d[w] = np.minimum(d[w], pipe.distance(*plane.points(w), plane.z)-2)
+        d[w] = np.minimum(d[w], pipe.distance(*plane.points(w), plane.z, 6.)-2)
     return d
 
 def _chest(plane, p, cage, heart): # lungs and abdomen
