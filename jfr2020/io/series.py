@@ -255,6 +255,7 @@ def choose_series(
                                            'choose one of the table')
         if hit[0].refusal: raise hit[0].refusal
         return hit[0], 'asked for'
+    if len(entries) == 1 and not ready: raise entries[0].refusal
     if not ready:
         codes = ', '.join(f'{n} x {c}' for c,n in Counter(e.verdict for e in entries).items())
         raise DicomSeriesError(f'none of {len(entries)} series can be read: {codes}', 'NO_SERIES',
