@@ -7,7 +7,7 @@ __all__ = ['COARSE_MM', 'ODD_HU', 'TILT', 'PLANE', 'AIR', 'SOLID', 'GAS', 'CUT_O
            'EMPHYSEMA_ML', 'BONE', 'VERTEBRA', 'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'GAP_MM',
            'BEND', 'BONE_ML', 'coarse_ct', 'odd_slices', 'Anatomy', 'find_anatomy']
 
-# %% ../nbs/20a_anatomy.ipynb #43e982b2
+# %% ../nbs/20a_anatomy.ipynb #8e3d198a
 from dataclasses import dataclass
 import numpy as np
 
@@ -16,7 +16,7 @@ from .geometry import *
 from .volume import *
 from .intensity import *
 
-# %% ../nbs/20a_anatomy.ipynb #fe10c3db
+# %% ../nbs/20a_anatomy.ipynb #e52472d7
 COARSE_MM = 3. # voxel size aimed at
 ODD_HU = 100 # mean difference from both neighbours, beyond twice theirs from each other; chosen on real series
 TILT = .9 # least cosine between an axial grid's axes and the patient's (25 degrees)
@@ -57,7 +57,7 @@ def _block_mean(s, step, n): # (H,W) slice -> coarse float32: rows are added bef
 def _upright(v):
     return v[tuple(slice(None, None, 1 if c==w else -1) for c,w in zip(v.geometry.code, 'SPL'))]
 
-# %% ../nbs/20a_anatomy.ipynb #c2fd4d63
+# %% ../nbs/20a_anatomy.ipynb #b2630f58
 PLANE = np.zeros((3,3,3), bool); PLANE[1] = [[0,1,0],[1,1,1],[0,1,0]] # neighbours within a slice
 
 def _label(m, structure=None):
@@ -91,7 +91,7 @@ def _hull(m, spacing, directions=24): # slice by slice, outer polygon
     out[slices] = inside
     return out
 
-# %% ../nbs/20a_anatomy.ipynb #dd424565
+# %% ../nbs/20a_anatomy.ipynb #2270ebb0
 AIR, SOLID = -400, -300 # HU, bounds of air and of the body: calcium reference 5.1
 GAS = -945 # HU, median below it: room air or gut; real lungs measured -916..-740, room air -1002..-953
 CUT_OFF = .02 # least size, against the largest, of tissue that a narrow field separates from it
@@ -127,12 +127,12 @@ def _find_lungs(hu, field, tissue, g):
 def _without_gas(lungs, hu):
     from scipy import ndimage as ndi
     low = lungs & (ndi.uniform_filter(hu, 3) < -960)
-    gas = ndi.binary_dilation(low, iterations=2) & lungs & (hu < -900)
+    gas = ndi.binary_dilation(low, iterations=2) & lungs # with the shell of partial volume around it
     if gas.sum() > .3*lungs.sum(): return lungs # emphysema, not gas
     lab,n = _label(lungs & ~gas)
     return (n > .02*n.sum())[lab] if n.sum() else lungs
 
-# %% ../nbs/20a_anatomy.ipynb #00ed1e6f
+# %% ../nbs/20a_anatomy.ipynb #a148bf85
 def _split_lungs(lungs, g, column): # 1 right, 2 left
     from scipy import ndimage as ndi
     core = lungs
@@ -154,7 +154,7 @@ def _nearer(lungs, lab, right, left, g):
     i = ndi.distance_transform_edt(seed==0, g.spacing, return_distances=False, return_indices=True)
     return np.where(lungs, seed[tuple(i)], 0).astype(np.uint8)
 
-# %% ../nbs/20a_anatomy.ipynb #cc9ee9b7
+# %% ../nbs/20a_anatomy.ipynb #cfb77f37
 BONE = 150 # HU: calcium reference 5.1
 VERTEBRA = 90 # HU, mean of a row of 30 mm: spongy bone is 120-250, soft tissue and plain blood below 60
 CANAL_MM, SPINE_MM = 25, 120 # widest gap between bony rows (canal), longest chain of them (process to front)
@@ -195,7 +195,7 @@ def _beside_lungs(front, lungs, dy, bright):
     if hind >= lungs.shape[1]-2: least, most = 0, most-15*bright # the field ends before the lung does
     return np.clip(front, hind-most/dy, hind-least/dy)
 
-# %% ../nbs/20a_anatomy.ipynb #30c67c1e
+# %% ../nbs/20a_anatomy.ipynb #71464845
 TRACHEA_MM2 = (60, 700) # cross-section
 CHAIN_MM, GAP_MM = 12, 7 # a shorter chain of blobs is no windpipe; a longer gap ends it
 BEND = .4 # mm aside per mm down: a main bronchus (22 degrees), not a windpipe
@@ -243,7 +243,7 @@ def _find_airway(hu, tissue, field, g, column, front): # mask, slice of the cari
         if mm >= CHAIN_MM and mm*(1+(at is not None)) > length: best, split, length = chain, at, mm*(1+(at is not None))
     return np.isin(lab, best) & (lab > 0), split
 
-# %% ../nbs/20a_anatomy.ipynb #9e7971a7
+# %% ../nbs/20a_anatomy.ipynb #bd97d15f
 BONE_ML = 1
 
 def _find_mediastinum(hu, body, lungs, airway, front, g):
@@ -259,7 +259,7 @@ def _find_bone(hu, body, mediastinum, column, front, g): # all bone, and the par
     near = np.abs(x-column[:,None,None])*g.spacing[2] < 40
     return bone, bone & near & (y >= front[:,None,None]-1)
 
-# %% ../nbs/20a_anatomy.ipynb #801b8fd1
+# %% ../nbs/20a_anatomy.ipynb #8f6a73b7
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "Masks of the chest on one coarse grid (axes SPL), its landmarks and what was remarkable"
@@ -311,7 +311,7 @@ class Anatomy:
         at = 'no carina' if np.isnan(self.carina) else f'carina in coarse slice {self.carina:.0f}'
         return f'Anatomy {parts}; {at}; {self.geometry!r}' + ''.join(f'; {f.code}' for f in self.findings)
 
-# %% ../nbs/20a_anatomy.ipynb #acf66e8e
+# %% ../nbs/20a_anatomy.ipynb #897e1816
 def find_anatomy(
     ct:CTVolume, # an axial scan, any field of view, spacing or padding
 ) -> Anatomy: # on a grid of about 3 mm

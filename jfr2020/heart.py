@@ -8,7 +8,7 @@ __all__ = ['BELOW_RIGHT_MM', 'BELOW_LEFT_MM', 'CARINA_DOWN_MM', 'APART_MM', 'ABO
            'DEEP_MM', 'SURE', 'TRIM_MM', 'KEEP_MM', 'WHOLE_MM', 'LUNG_SHARE', 'AGREE', 'HeartBox', 'find_heart',
            'SliceRange', 'trim_slices', 'lung_run']
 
-# %% ../nbs/21_heart.ipynb #78c3a7b3
+# %% ../nbs/21_heart.ipynb #e75f2340
 from dataclasses import dataclass
 import numpy as np
 
@@ -17,7 +17,7 @@ from .geometry import *
 from .volume import *
 from .anatomy import *
 
-# %% ../nbs/21_heart.ipynb #80815ae4
+# %% ../nbs/21_heart.ipynb #7f554830
 @dataclass(frozen=True, eq=False)
 class HeartBox:
     "Where the heart is on a scan's grid, how sure that is, and why"
@@ -55,7 +55,7 @@ class HeartBox:
         return (f'HeartBox {x:.0f} x {y:.0f} x {z:.0f} mm (left-right, front-back, up-down), '
                 f'confidence {self.confidence:.2f}: {self.reason}')
 
-# %% ../nbs/21_heart.ipynb #c998dd15
+# %% ../nbs/21_heart.ipynb #4eb6e441
 def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: faces in coarse voxels; a voxel that is touched is in
     corners = np.array(np.meshgrid(*zip(lo, hi))).reshape(3,-1).T
     i = ct.geometry.to_index(anatomy.geometry.to_world(corners))
@@ -64,7 +64,7 @@ def _box(ct, anatomy, lo, hi, confidence, reason): # lo, hi: faces in coarse vox
     w = ct.geometry.to_world(np.array(np.meshgrid(*zip(a, b))).reshape(3,-1).T-.5)
     return HeartBox(a, b, np.array([w.min(0), w.max(0)]), round(float(confidence), 2), reason)
 
-# %% ../nbs/21_heart.ipynb #33177080
+# %% ../nbs/21_heart.ipynb #3531bf40
 BELOW_RIGHT_MM, BELOW_LEFT_MM = 38, 16 # bottom of the box below the base of the right and of the left lung
 CARINA_DOWN_MM = 5 # top of the box below the carina; cardiac protocols begin some 10 mm below it
 APART_MM = 30 # the right base counts as no higher than this above the left; it was 9 to 23 mm
@@ -97,7 +97,7 @@ def _levels(a): # bottom, top (coarse slices), the two bases, notes, confidence
         if base >= 1 and not CARINA_MM[0] <= high <= CARINA_MM[1]: top, sure = max(top, base+ABOVE_MM/dz), sure*.4
     return bottom, min(last, top), right, left, notes, sure
 
-# %% ../nbs/21_heart.ipynb #a8fb564e
+# %% ../nbs/21_heart.ipynb #24dae9a3
 OPEN_MM, MIDDLE_MM = 9, (30, 70) # opening of the mediastinum; where the heart is, right and left of the spine's column
 SIDE_MM, FRONT_MM, BACK_MM = 8, 6, 6 # margins at the sides, in front, and behind the vertebral front
 SLICES = .8 # share of the slices that decide; all chosen on real series
@@ -134,7 +134,7 @@ def _sides(a, bottom, top, right, left): # row and column limits (coarse, inclus
     back = max(back+BACK_MM/dy, front+DEEP_MM/dy)
     return front, back, r, l, [f'{(spine-r)*dx:.0f} mm right and {(l-spine)*dx:.0f} mm left of the spine'], sure
 
-# %% ../nbs/21_heart.ipynb #efc0dc3c
+# %% ../nbs/21_heart.ipynb #cbd69a46
 SURE = .5 # below this confidence the box takes the whole field
 
 def find_heart(
@@ -166,7 +166,7 @@ def _refuse_without_lungs(a):
     if np.isnan(a.carina) and a.airway.data[:few].any() and lung[0].sum() > .6*lung.sum((1,2)).max():
         _no_heart('the windpipe leaves the lowest slice without having split')
 
-# %% ../nbs/21_heart.ipynb #a333cf83
+# %% ../nbs/21_heart.ipynb #1f15862c
 TRIM_MM, KEEP_MM, WHOLE_MM = 15, 120, 240 # margin at either end, least range kept, scans kept whole
 LUNG_SHARE, AGREE = .05, .6 # least share of lung in the body's area, least overlap of the two witnesses
 
