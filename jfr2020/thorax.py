@@ -127,7 +127,7 @@ def _chest(plane, p, cage, heart): # lungs and abdomen
         for k in np.flatnonzero((p.spans[:,0] < plane.z) & (p.spans[:,1] > plane.z)):
             t = p.twigs[k]; box = t.box(plane.z)
             if box is None or (w:=plane.window(box)) is None: continue
-            plane.paint(np.maximum(t.distance(*plane.points(w), plane.z), lung[w]+t.radius[0]), 30, w)
+            plane.paint(np.maximum(t.distance(*plane.points(w), plane.z), lung[w]+t.radius[0]), p.blood-10, w)
 
 def _abdomen(plane, p, cage, below):
     everywhere = plane.window(None)
