@@ -107,6 +107,7 @@ def run_unit(
 INTERNAL_CODE = 'INTERNAL'
 
 def _failed(unit, e): # the entry of a unit that went wrong in an unforeseen way
+    if isinstance(e, OSError): e = disk_error(e, unit.folder)
     if isinstance(e, StoreError): raise e # a full disk concerns everybody
     if not isinstance(e, JfrError):
         where = traceback.extract_tb(e.__traceback__)[-1]
@@ -159,7 +160,7 @@ def score_batch(
     **how, # html, lang: of `Unit`
 ) -> list: # entries of scores.json
     "Score every study in `inputs` into `out`; run again to go on"
-    out = Path(out)
+    out = make_folder(out)
     sweep(out)
     units = _units([inputs] if isinstance(inputs, (str, Path)) else inputs, out, settings, series, progress, **how)
     journal = Journal(out/'journal.jsonl')
