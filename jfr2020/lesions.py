@@ -161,6 +161,7 @@ class Candidates:
     columns:dict # name -> (N,) or (N,3) array; units are in the names
     rule:np.ndarray # (N,) str, name of the rejecting rule, '' for what is kept
     specks:int # components too small to count
+    findings:tuple=() # of `Finding`: an aorta that was not found
 
     def __len__(self): return len(self.pick)
 
@@ -237,7 +238,7 @@ def find_candidates(
     columns['noise_top_hu'] = np.fmax(local, seen.median_hu+NOISE_SDS*seen.noise_hu)
     verdict = np.full(len(pick), '', dtype='U24')
     for test,_ in RULES[::-1]: verdict[test(columns)] = _name(test)
-    return Candidates(found, pick, columns, verdict, int((near & ~counts).sum()))
+    return Candidates(found, pick, columns, verdict, int((near & ~counts).sum()), aorta.findings)
 
 # %% ../nbs/23_lesions.ipynb #02db0ad8
 @dataclass(frozen=True, eq=False)
@@ -273,9 +274,8 @@ class RuleSegmenter:
             return Segmentation(MaskVolume(bright*np.uint8(5), ct.geometry))
         anatomy = anatomy or find_anatomy(ct)
         box = box or find_heart(ct, anatomy)
-        aorta = find_aorta(anatomy, *box.corners_mm[:,2])
-        seen = find_candidates(ct, anatomy, box, self.rule, aorta)
-        return Segmentation(seen.mask, seen, box, anatomy, (*anatomy.findings, *aorta.findings))
+        seen = find_candidates(ct, anatomy, box, self.rule)
+        return Segmentation(seen.mask, seen, box, anatomy, (*anatomy.findings, *seen.findings))
 
     def __call__(self,
         ct:CTVolume, # the scan
