@@ -95,7 +95,8 @@ def _series_entry(e):
                 warnings=[vars(o) for o in e.series.findings] if e.series else [])
 
 def _series_lines(r): # a row of the table, readable on 80 columns
-    known = {k: v for k,v in r.items() if k not in ('uid', 'verdict', 'cause') and v not in (None, '') and v == v} # no nan
+    said = lambda k,v: k not in ('uid', 'verdict', 'cause') and v not in (None, '') and v == v # no nan
+    known = {k: v for k,v in r.items() if said(k, v)}
     return f"{r['uid'] or 'no series'}\n  {r['verdict']}" + (f": {r['cause']}" if r['cause'] else '') + \
            '\n  ' + ', '.join(f'{k} {v}' for k,v in known.items())
 

@@ -6,7 +6,7 @@
 __all__ = ['PAGE_BYTES', 'OTHER_BYTES', 'MOST_LESIONS', 'MOST_REJECTED', 'MOST_SERIES', 'RING_MM3', 'software', 'case_report',
            'case_picture', 'cohort_report']
 
-# %% ../nbs/26_report.ipynb #97bf251f
+# %% ../nbs/26_report.ipynb #8db592f4
 import math, platform, statistics, string
 from collections import Counter
 from importlib import metadata
@@ -24,7 +24,7 @@ from .case import *
 from .words import *
 from .pictures import *
 
-# %% ../nbs/26_report.ipynb #c87e7f5c
+# %% ../nbs/26_report.ipynb #b1999ea3
 PAGE_BYTES,OTHER_BYTES = 1_500_000,250_000 # largest page; what is kept free of pictures
 MOST_LESIONS,MOST_REJECTED,MOST_SERIES = 200,60,1000 # rows of a table
 RING_MM3 = 1000. # mm3, up to which a candidate that was turned down is pointed at
@@ -42,7 +42,7 @@ def _page(name, words, title, **values):
         raise StoreError(f'the page takes {len(html.encode())} bytes, at most {PAGE_BYTES} allowed', 'PAGE')
     return html
 
-# %% ../nbs/26_report.ipynb #016a8631
+# %% ../nbs/26_report.ipynb #da36b487
 def _acquisition(case, t): # rows of the table
     f, g, rows = case.facts, case.geometry, []
     say = lambda key,value: rows.append((t(key), value)) if value not in (None, '', '—') else None
@@ -117,7 +117,7 @@ def case_report(
         acquisition=_acquisition(case, t), settings=_settings(case, t), software=list(software().items()), times=times,
         **_pictures(case, turned))
 
-# %% ../nbs/26_report.ipynb #94bf5818
+# %% ../nbs/26_report.ipynb #7cc2b7a9
 def case_picture(
     case:CaseResult, # with its pixels
 ) -> Picture: # None where the pixels were not kept; about 10 kB

@@ -195,7 +195,7 @@ class Oval:
     half_mm:tuple # mm, half axes (x,y)
     centre_mm:tuple=(0.,0.) # RAS+ mm (x,y)
 
-BODY_MM = {'S':(300.,200.), 'M':(350.,250.), 'L':(400.,300.), 'bare':(300.,200.)} # mm, (x,y) outline, M and L with fat ring
+BODY_MM = {'S':(300.,200.), 'M':(350.,250.), 'L':(400.,300.), 'bare':(300.,200.)} # mm, (x,y), M and L with fat ring
 BODY_LENGTH = 100. # mm
 THORAX = (Oval(BACKGROUND_HU, (150.,100.)), Oval(-800., (48.,62.), (88.,0.)), Oval(-800., (48.,62.), (-88.,0.)),
           Oval(BACKGROUND_HU, (57.,57.)), Oval(180., (17.,15.), (0.,-75.))) # body, lungs, wall of the hole, spine
