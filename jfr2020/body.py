@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TISSUE', 'SKIN', 'CAGE', 'SPINE', 'AXILLA', 'PIPES', 'AIRWAYS', 'HILA', 'GUT', 'Physique', 'draw_physique', 'Trunk',
-           'make_trunk', 'Bone', 'sternum_y', 'make_bones', 'draw_vertebrae', 'make_pipes', 'make_twigs', 'diaphragm',
-           'make_abdomen']
+           'make_trunk', 'Bone', 'draw_bones', 'sternum_y', 'make_bones', 'draw_vertebrae', 'make_pipes', 'make_twigs',
+           'diaphragm', 'make_abdomen']
 
 # %% ../nbs/05b_body.ipynb #ad45e661
 from dataclasses import dataclass
@@ -111,17 +111,18 @@ class Bone:
     hard:float # HU of the shell
     soft:float # HU inside
 
-    def draw_shell(self,
-        plane:Plane, # painted in place
-    ):
-        "Paint the whole bone as hard as its shell"
-        plane.draw(self.solid, self.hard)
-
-    def draw_inside(self,
-        plane:Plane, # painted in place
-    ):
-        "Paint what is inside the shell: after the shells of its neighbours, so that their insides join"
-        plane.draw(self.solid, self.soft, -self.shell)
+def draw_bones(
+    plane:Plane, # painted in place
+    bones, # of Bone
+):
+    "Paint the shells of all bones, then what is inside of each, so that neighbours join"
+    near = []
+    for b in bones:
+        box = b.solid.box(plane.z)
+        if box is None or (w:=plane.window(box)) is None: continue
+        near.append((b, w, b.solid.distance(*plane.points(w), plane.z)))
+        plane.paint(near[-1][2], b.hard, w)
+    for b,w,d in near: plane.paint(d+b.shell, b.soft, w)
 
 def _rib(trunk, i, side, a):
     "Rib `i` (0 the first) and its cartilage, by points on the cage"
@@ -202,8 +203,7 @@ def draw_vertebrae(
     "The spine on one slice: body or disc, arch with canal, processes"
     bones, body, arch = _vertebra(a, plane.z)
     if bones[0].name != 'body': plane.draw(body, TISSUE['disc'])
-    for b in bones: b.draw_shell(plane)
-    for b in bones: b.draw_inside(plane)
+    draw_bones(plane, bones)
     canal = arch+[0,.5,0]
     for r,hu in (((9.,8.),TISSUE['fat']+60), ((7.5,6.5),TISSUE['cord'])): plane.draw(Ellipsoid(canal, (*r,50)), hu)
 

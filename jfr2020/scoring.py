@@ -114,7 +114,7 @@ def find_lesions(
         said = _checked(ct, facts, anatomy, box, refuse=not marks) + anatomy.findings
     if marks: return replace(marks, box=box, findings=marks.findings+said)
     candidates = find_candidates(ct, anatomy, box, rule)
-    return Found(candidates.mask, box, candidates.rejected, said)
+    return Found(candidates.mask, box, candidates.rejected, said+candidates.findings)
 
 def _counted(ct, mask, rule): # vessel labels of the voxels that count
     return mask.like(np.where(label_lesions(ct, mask, rule).data > 0, vessel_labels(mask.data), 0).astype(np.uint8))

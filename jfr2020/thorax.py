@@ -179,8 +179,7 @@ def paint_chest(
     _heart(plane, p, heart, w)
     _vessels(plane, p)
     draw_vertebrae(plane, p.physique)
-    for b in p.bones: b.draw_shell(plane)
-    for b in p.bones: b.draw_inside(plane)
+    draw_bones(plane, p.bones)
     return heart
 
 # %% ../nbs/06_thorax.ipynb #220e27d2
