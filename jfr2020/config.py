@@ -6,7 +6,7 @@
 __all__ = ['TEMPORARY', 'disk_error', 'write_atomic', 'make_folder', 'sweep', 'content_hash', 'value_hash', 'Journal']
 
 # %% ../nbs/05_config.ipynb #5e9c0846
-import errno, hashlib, json, os, secrets
+import errno, hashlib, json, os, secrets, shutil
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -59,10 +59,12 @@ def make_folder(
 
 def sweep(
     folder:Path, # where earlier runs wrote
-) -> int: # files removed
-    "Remove unfinished files that a killed run left in `folder`"
-    left = [p for p in Path(folder).rglob(f'{TEMPORARY}*') if p.is_file()] if Path(folder).is_dir() else []
-    for p in left: p.unlink(missing_ok=True)
+) -> int: # files and folders removed
+    "Remove unfinished files and folders that a killed run left in `folder`"
+    left = list(Path(folder).rglob(f'{TEMPORARY}*')) if Path(folder).is_dir() else []
+    for p in left:
+        if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
+        else: p.unlink(missing_ok=True)
     return len(left)
 
 # %% ../nbs/05_config.ipynb #18b0a8b3

@@ -177,7 +177,8 @@ def score_series(
     except JfrError as e:
         about |= dict(geometry=entry.series.geometry, seconds=dict(clock), findings=tuple(findings))
         return CaseResult(**about, refusal=e)
-    return score_volume(ct, settings, findings=(*findings, *entry.series.findings), seconds=clock, **about)
+    said = (*findings, *entry.series.findings, *pixel_findings(ct, entry.series))
+    return score_volume(ct, settings, findings=said, seconds=clock, **about)
 
 def score_nifti(
     path:Path, # .nii or .nii.gz in HU
