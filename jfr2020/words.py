@@ -150,6 +150,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     CLICK_OUTSIDE=('Click outside', 'Clic hors du volume'),
     FEWER_THAN_SAID=('Fewer images than stated', 'Moins d’images qu’annoncé'),
     NO_AORTA=('Aorta not found', 'Aorte non trouvée'),
+    ZERO_BLOCK=('Block of zeros', 'Bloc de zéros'),
     NO_SERIES_UID=('No series UID', 'UID de série absent'),
     NO_SOP_CLASS=('No SOP class', 'Classe SOP absente'),
     PHOTOMETRIC=('Grey scale', 'Échelle de gris'),

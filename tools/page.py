@@ -5,6 +5,7 @@ from pathlib import Path
 from fastcore.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from nbdev.clean import nbdev_clean
+from nbdev.doclinks import _build_modidx
 from nbdev.export import nb_export
 
 
@@ -40,4 +41,6 @@ if __name__ == '__main__':
     pages = [Path(p).resolve() for p in sys.argv[1:]] or sorted((root/'nbs').glob('[0-9]*.ipynb'))
     os.chdir(root)
     os.environ.setdefault('MPLBACKEND', 'agg'); sys.path.insert(0, str(root))
-    sys.exit(not all([run_page(p) for p in pages]))
+    done = all([run_page(p) for p in pages])
+    _build_modidx()
+    sys.exit(not done)
