@@ -320,6 +320,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'jfr2020.heartmodel._av_groove': ('heartmodel.html#_av_groove', 'jfr2020/heartmodel.py'),
                                     'jfr2020.heartmodel._cut': ('heartmodel.html#_cut', 'jfr2020/heartmodel.py'),
                                     'jfr2020.heartmodel._iv_groove': ('heartmodel.html#_iv_groove', 'jfr2020/heartmodel.py'),
+                                    'jfr2020.heartmodel._off': ('heartmodel.html#_off', 'jfr2020/heartmodel.py'),
+                                    'jfr2020.heartmodel._ostium': ('heartmodel.html#_ostium', 'jfr2020/heartmodel.py'),
                                     'jfr2020.heartmodel._polar': ('heartmodel.html#_polar', 'jfr2020/heartmodel.py'),
                                     'jfr2020.heartmodel._smooth': ('heartmodel.html#_smooth', 'jfr2020/heartmodel.py'),
                                     'jfr2020.heartmodel.heart_axes': ('heartmodel.html#heart_axes', 'jfr2020/heartmodel.py'),

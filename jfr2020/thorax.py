@@ -76,8 +76,7 @@ def make_patient(
 ) -> Patient:
     "Build all parts of a patient"
     trunk = make_trunk(a); pipes, airways = make_pipes(a); heart = make_heart(a)
-    root = pipes['aorta'].points[0]+[0,0,10]
-    arteries, twigs = make_coronaries(heart, root, float(pipes['aorta'].radius[0])), make_twigs(trunk, a)
+    arteries, twigs = make_coronaries(heart, pipes['aorta']), make_twigs(trunk, a)
     return Patient(a, trunk, make_bones(trunk, a), pipes, airways, twigs, make_abdomen(a), heart, arteries,
                    np.array([t.span for t in twigs]))
 

@@ -47,8 +47,8 @@ def test_blend_is_at_least_the_union():
 
 def test_coronaries_lie_on_every_heart():
     for a in patients():
-        heart, root = make_heart(a), make_pipes(a)[0]['aorta'].points[0]+[0,0,10]
-        arteries = make_coronaries(heart, root, 15.)
+        heart, aorta = make_heart(a), make_pipes(a)[0]['aorta']
+        arteries = make_coronaries(heart, aorta)
         for name,t in arteries.items():
             if name == 'LM': continue
             p = t.points[20:].T
@@ -58,6 +58,18 @@ def test_coronaries_lie_on_every_heart():
         assert lad[:,2].min() < lad[0,2]-40 and lad[:,0].min() < lad[0,0]-25 # to the apex: down and left
         assert rca[:,0].max() > 5 > lad[:,0].max() # on the right
         assert lcx[:,1].min() < heart.middle[1]-20 # at the back
+
+
+def test_coronaries_leave_the_aorta_and_do_not_come_back():
+    for a in patients(12):
+        whole = make_pipes(a)[0]['aorta']; top = whole.points[:,2].argmax()
+        aorta = Tube(whole.points[:top], whole.radius[:top]) # the ascending part
+        for name,t in make_coronaries(make_heart(a), whole).items():
+            off = (np.linalg.norm(t.points[:,None]-aorta.points, axis=-1)-aorta.radius).min(1)
+            if name in ('LM','RCA'): # the ostium is on the wall, above the valve, and on its own side
+                assert abs(off[0]) < .4 and t.points[0,2] > aorta.points[0,2]+5
+                assert (t.points[0,0] < aorta.points[0,0]) == (name == 'LM')
+            assert off[8:].min() > 2 and (name != 'RCA' or off[40:].min() > 8), (name, a)
 
 
 def test_heart_apex_points_left_front_down():

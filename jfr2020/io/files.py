@@ -98,7 +98,6 @@ def check_manifest(
     paths, # of one series
 ):
     "Compare the files with the `manifest.sha256` of their folder, where there is one"
-    paths = [Path(p) for p in paths]
     for folder in map(Path, sorted({os.path.dirname(p) for p in paths})):
         if not (folder/'manifest.sha256').is_file(): continue
         lines = (folder/'manifest.sha256').read_text(errors='replace')[:64 << 20].splitlines()
@@ -108,7 +107,7 @@ def check_manifest(
         if gone:
             text = f'{len(gone)} files of manifest.sha256 are absent, the first is {gone[0]}'
             raise DicomSeriesError(text, 'MISSING_FILE', 'copy the folder again')
-        for p in (p for p in paths if p.parent == folder and p.name in said):
+        for p in (p for p in map(Path, paths) if p.parent == folder and p.name in said):
             if hashlib.sha256(p.read_bytes()).hexdigest() != said[p.name]:
                 text = f'{p.name} is not the file that manifest.sha256 lists'
                 raise DicomSeriesError(text, 'CHECKSUM', 'copy the folder again')
