@@ -151,25 +151,34 @@ def _bars(rows, t): # (name, count, kind) of the categories in their order, then
     bars = [(n, sum(r['category'] == n for r in rows), '') for n in SCHEMES[scheme].labels]
     return bars + [(t('refused'), sum(r['refusal'] is not None for r in rows), 'red')]
 
+def _beside(cases, name, given): # by series UID or one for each case -> one for each case, None where there is none
+    if given is None: return [None]*len(cases)
+    if hasattr(given, 'get'):
+        return [given.get(c.series_uid if isinstance(c, CaseResult) else c['series_uid']) for c in cases]
+    given = list(given)
+    if len(given) == len(cases): return given
+    raise ConfigError(f'{name} must have one entry for each case ({len(cases)}), found {len(given)}', 'COHORT',
+                      'give None where a case has none')
+
 def cohort_report(
     cases, # of CaseResult, or of entries of scores.json
     lang:str='en', # 'en' or 'fr'
     name:str='', # of the cohort, for the title
-    links=None, # series UID -> address of its report, relative to this page
-    truth=None, # series UID -> true Agatston score
-    pictures=None, # series UID -> `Picture`; made here for results that have their pixels
+    links=None, # addresses of the reports, relative to this page: a list, one for each case, or by series UID
+    truth=None, # true Agatston scores: likewise
+    pictures=None, # of `Picture`: likewise; made here for results that have their pixels
 ) -> str: # HTML
     "The page of many series: one row each, their distribution, agreement with the truth"
-    t, links, truth, rows, cases = Words(lang), links or {}, truth or {}, [], list(cases)
+    t, rows, cases = Words(lang), [], list(cases)
     room = PAGE_BYTES-OTHER_BYTES-1000*min(len(cases), MOST_SERIES)
-    for c in cases:
-        uid = c.series_uid if isinstance(c, CaseResult) else c['series_uid']
-        p = (pictures or {}).get(uid) or (case_picture(c) if isinstance(c, CaseResult) and room > 0 else None)
+    each = [_beside(cases, *o) for o in (('links', links), ('truth', truth), ('pictures', pictures))]
+    for c,link,true,p in zip(cases, *each):
+        p = p or (case_picture(c) if isinstance(c, CaseResult) and room > 0 else None)
         room -= p.size if p else 0
         entry = case_json(c) if isinstance(c, CaseResult) else c
-        rows.append(_row(entry, t, links.get(uid), truth.get(uid), p if room > 0 else None))
+        rows.append(_row(entry, t, link, true, p if room > 0 else None))
     scores, bars = [r['score'] for r in rows if r['score'] is not None], _bars(rows, t)
     title, most = name or t('cohort'), max(1, *(n for _,n,_ in bars))
     return _page('cohort.html.j2', t, title, subtitle=title, rows=rows[:MOST_SERIES], n=len(rows), n_scored=len(scores),
-        median=statistics.median(scores) if scores else None, bars=bars, most=most, truth=bool(truth),
-        plot=_plot(rows), pictures=any(r['picture'] for r in rows))
+        median=statistics.median(scores) if scores else None, bars=bars, most=most,
+        truth=any(r['truth'] is not None for r in rows), plot=_plot(rows), pictures=any(r['picture'] for r in rows))

@@ -11,7 +11,7 @@ import jfr2020
 from jfr2020.calcium import calcium_score
 from jfr2020.case import NOTICE, CaseResult, case_json
 from jfr2020.categories import SCHEMES, cac_drs, risk_category
-from jfr2020.errors import DicomSeriesError, Finding, NotScoreable
+from jfr2020.errors import ConfigError, DicomSeriesError, Finding, NotScoreable
 from jfr2020.geometry import Geometry
 from jfr2020.lesions import RULES
 from jfr2020.pictures import Picture, draw_picture, outline, overview_picture, plane_pictures, scene, slice_pictures
@@ -252,6 +252,19 @@ def test_cohort_counts_and_agreement():
     p = case_picture(case)
     assert Picture(**asdict(p)) == p and p.size < 20_000
     assert '<svg' in cohort_report(entries, pictures={'1': p}).split('</style>')[1]
+
+
+def test_cohort_by_place_where_uids_are_empty():
+    case = make()
+    lost = [replace(REFUSED, series_uid='', input=f'in/{n}') for n in 'ab']
+    a, p = case.score.agatston, case_picture(case)
+    for cases in ([*lost, case], [case_json(c) for c in (*lost, case)]):
+        html = cohort_report(cases, links=['r/a.html', 'r/b.html', 'r/c.html'], truth=[None, None, a], pictures=[None, None, p])
+        check_static(html)
+        assert re.findall('<a href="([^"]*)">([^<]*)', html) == [(f'r/{n}.html', m) for n, m in zip('abc', ('a', 'b', 'scan'))]
+        assert html.count('<circle') == 1 and html.count('data:image') == 1
+        with pytest.raises(ConfigError, match='one entry for each case'): cohort_report(cases, links=['r/a.html'])
+    assert cohort_report([], links=[], truth=[], pictures=[])
 
 
 def test_candidates_turned_down_are_pointed_at():
