@@ -119,10 +119,12 @@ def test_broken_files_are_config_errors(tmp_path, raw):
 
 # every rule alone: columns of a candidate that is kept, and the one change that rejects it
 KEPT = dict(peak_hu=400., cut=False, volume_mm3=30., voxels=20, bone_mm=40., frame=(.6,.4,.6), around_hu=40., inside=True,
-            mediastinum_mm=0., ahead_mm=70., descending_mm=50., ascending_mm=20., lung_mm=9., fat_mm=2., noise_top_hu=135.)
+            mediastinum_mm=0., ahead_mm=70., descending_mm=50., ascending_mm=20., lung_mm=9., fat_mm=2., noise_top_hu=135.,
+            soft_share=.2, fat_share=.6)
 CHANGES = dict(metal=dict(peak_hu=2500.), bone=dict(bone_mm=0.), cartilage=dict(around_hu=90.), outside=dict(inside=False),
                behind=dict(ahead_mm=5.), descending_aorta=dict(descending_mm=1.), aortic_root=dict(ascending_mm=-4.),
                lung=dict(lung_mm=1.), hilum=dict(lung_mm=3., frame=(.2,.9,.6)),
+               above=dict(frame=(.5,.7,.97)), alone=dict(soft_share=.02, fat_share=.9),
                noise=dict(volume_mm3=4., peak_hu=132.), muscle=dict(fat_mm=10.))
 
 
