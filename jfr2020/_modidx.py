@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'jfr2020.cluster._Worker.__call__': ('cluster.html#_worker.__call__', 'jfr2020/cluster.py'),
                                  'jfr2020.cluster._Worker.__init__': ('cluster.html#_worker.__init__', 'jfr2020/cluster.py'),
                                  'jfr2020.cluster._Worker.close': ('cluster.html#_worker.close', 'jfr2020/cluster.py'),
+                                 'jfr2020.cluster._Worker.start': ('cluster.html#_worker.start', 'jfr2020/cluster.py'),
                                  'jfr2020.cluster._as_worker': ('cluster.html#_as_worker', 'jfr2020/cluster.py'),
                                  'jfr2020.cluster._caught': ('cluster.html#_caught', 'jfr2020/cluster.py'),
                                  'jfr2020.cluster.run_units': ('cluster.html#run_units', 'jfr2020/cluster.py')},

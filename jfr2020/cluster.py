@@ -6,7 +6,7 @@
 __all__ = ['WorkerDied', 'run_units']
 
 # %% ../nbs/70_cluster.ipynb #b0381702
-import multiprocessing, os, threading
+import multiprocessing, os, signal, threading, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
@@ -17,16 +17,28 @@ class WorkerDied(JfrError):
     "A unit whose process died each time it was tried"
     code = 'WORKER_DIED'
 
+def _as_worker(parent): # in the worker: leave Ctrl-C to the parent, and end with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 class _Worker:
     "A process of its own, started again when it died"
     def __init__(self, strikes): self.strikes, self.pool = strikes, None
 
     def __call__(self, fn, unit):
         for _ in range(self.strikes):
-            self.pool = self.pool or ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn'))
+            self.pool = self.pool or self.start()
             try: return self.pool.submit(fn, unit).result()
             except BrokenProcessPool: self.close()
         raise WorkerDied(f'the process died {self.strikes} times on this unit', fix='run it alone, with more memory')
+
+    def start(self):
+        from jfr2020.cluster import _as_worker # by name: a page's own copy cannot be found by the new process
+        spawn = multiprocessing.get_context('spawn')
+        return ProcessPoolExecutor(1, spawn, _as_worker, (os.getpid(),))
 
     def close(self):
         if self.pool: self.pool.shutdown(wait=True, cancel_futures=True)
@@ -40,20 +52,23 @@ def run_units(
     strikes:int=3, # deaths after which a unit is set aside
 ): # yields (unit, result or exception) as they end
     "Apply `fn` to every unit, on `workers` supervised processes"
-    if workers <= 1:
+    if workers < 1: raise ConfigError(f'workers must be 1 or more, got {workers}')
+    if workers == 1:
         for u in units: yield u, _caught(fn, u)
         return
     mine, all_ = threading.local(), []
     def one(u):
         if not hasattr(mine, 'worker'): mine.worker = _Worker(strikes); all_.append(mine.worker)
         return _caught(lambda u: mine.worker(fn, u), u)
-    with ThreadPoolExecutor(workers) as threads:
-        jobs = {threads.submit(one, u): u for u in units}
-        try:
-            for j in as_completed(jobs): yield jobs[j], j.result()
-        finally:
-            for j in jobs: j.cancel()
-    for w in all_: w.close()
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            jobs = {threads.submit(one, u): u for u in units}
+            try:
+                for j in as_completed(jobs): yield jobs[j], j.result()
+            finally:
+                for j in jobs: j.cancel()
+    finally:
+        for w in all_: w.close()
 
 def _caught(fn, u):
     try: return fn(u)
