@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COARSE_MM', 'ODD_HU', 'TILT', 'PLANE', 'AIR', 'SOLID', 'GAS', 'CUT_OFF', 'LUNG_ML', 'OPEN_ML', 'NARROW_MM',
-           'EMPHYSEMA_ML', 'BONE', 'VERTEBRA', 'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'GAP_MM',
-           'BEND', 'BONE_ML', 'coarse_ct', 'odd_slices', 'Anatomy', 'find_anatomy']
+           'EMPHYSEMA_ML', 'BONE', 'VERTEBRA', 'CANAL_MM', 'SPINE_MM', 'GUTTER_MM', 'TRACHEA_MM2', 'CHAIN_MM', 'BEND',
+           'BONE_ML', 'coarse_ct', 'odd_slices', 'Anatomy', 'find_anatomy']
 
 # %% ../nbs/20a_anatomy.ipynb #8e3d198a
 from dataclasses import dataclass
@@ -197,7 +197,7 @@ def _beside_lungs(front, lungs, dy, bright):
 
 # %% ../nbs/20a_anatomy.ipynb #71464845
 TRACHEA_MM2 = (60, 700) # cross-section
-CHAIN_MM, GAP_MM = 12, 7 # a shorter chain of blobs is no windpipe; a longer gap ends it
+CHAIN_MM, _GAP_MM = 12, 7 # a shorter chain of blobs is no windpipe; a longer gap ends it
 BEND = .4 # mm aside per mm down: a main bronchus (22 degrees), not a windpipe
 
 def _blobs(m, g): # 2-D pieces: labels, slice, area mm2, mean column and row, width and depth mm
@@ -211,7 +211,7 @@ def _blobs(m, g): # 2-D pieces: labels, slice, area mm2, mean column and row, wi
 def _follow(lab, area, column, k, d, g): # chain of blobs downwards from blob k, slice where it splits
     from scipy import ndimage as ndi
     chain, x, at = [k], [column[k]*g.spacing[2]], d
-    front, reach = [k], max(1, int(GAP_MM/g.spacing[0]))
+    front, reach = [k], max(1, int(_GAP_MM/g.spacing[0]))
     while d > 0:
         here = ndi.binary_dilation(np.isin(lab[d], front))
         for e in range(d-1, max(-1, d-1-reach), -1): # where the wall is too thin to see, a slice may be missing

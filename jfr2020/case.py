@@ -33,7 +33,7 @@ class CaseResult:
     input:str # the argument it came from
     refusal:JfrError=None # why there is no score
     score:CalciumScore=None # lesions, totals, rule
-    category:Category=None # of the scheme asked for
+    category:RiskCategory=None # of the scheme asked for
     cac_drs:str='' # e.g. 'A2/N1'
     box:object=None # HeartBox, where lesions were looked for; None where it was not asked for
     geometry:Geometry=None # of the native grid

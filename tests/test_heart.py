@@ -311,5 +311,5 @@ def test_sixty_full_slices_in_a_second(chest):
 
 def test_whole_is_at_least_what_a_heart_needs():
     "What is kept of any scan is never kept again in part: the bound that makes trimming idempotent"
-    from jfr2020.heart import ABOVE_MM, APART_MM, BELOW_LEFT_MM, BELOW_RIGHT_MM, CARINA_MM
-    assert max(CARINA_MM[1], ABOVE_MM)+max(BELOW_RIGHT_MM, APART_MM+BELOW_LEFT_MM)+2*TRIM_MM < WHOLE_MM
+    from jfr2020.heart import _ABOVE_MM, _APART_MM, _BELOW_LEFT_MM, _BELOW_RIGHT_MM, _CARINA_MM
+    assert max(_CARINA_MM[1], _ABOVE_MM)+max(_BELOW_RIGHT_MM, _APART_MM+_BELOW_LEFT_MM)+2*TRIM_MM < WHOLE_MM
