@@ -96,7 +96,7 @@ class ScoreRule:
         "What an area counts for: the distance of slices over 3 mm, that of the first scans"
         if self.slice_rule == 'none': return 1.
         if self.slice_rule == 'increment': return increment/3
-        if not thickness_mm:
+        if not 0 < (thickness_mm or 0) < math.inf:
             raise ConfigError(f'{self.name} multiplies by slice thickness, which is not known', fix='give thickness_mm')
         return thickness_mm/3
 
@@ -355,8 +355,8 @@ def calcium_score(
     rule:ScoreRule=AGATSTON, # which voxels count, with which weight
     *,
     calibration:Calibration=None, # for the mass
-    thickness_mm:float=None, # mm, slice thickness where it is known
-    kvp:float=None, # kV of the scan where it is known
+    thickness_mm:float=None, # mm, slice thickness where it is known; nan, infinity and 0 or less are not
+    kvp:float=None, # kV of the scan where it is known; same here
 ) -> CalciumScore:
     "Score the calcium of `ct` inside `mask`, with its lesions and vessels"
     runs, of, weight = _count(ct, mask, rule)
@@ -399,12 +399,13 @@ def _lesions(g, runs, of, weight, z, calibration):
 
 def _findings(rule, increment, thickness_mm, kvp):
     out = []
-    if thickness_mm and abs(thickness_mm-increment) > .01*increment:
+    known = lambda x: 0 < (x or 0) < math.inf
+    if known(thickness_mm) and abs(thickness_mm-increment) > .01*increment:
         code, said = ('OVERLAP', 'overlap') if thickness_mm > increment else ('GAP', 'leave gaps')
         mm = dict(increment=increment, thickness=thickness_mm).get(rule.slice_rule)
         how = f'each counts {mm:g}/3 by this rule' if mm else 'each counts fully by this rule'
         out.append(Finding(code, f'slices {said}: {thickness_mm:g} mm thick every {increment:g} mm; {how}'))
-    if kvp and kvp != rule.kvp:
+    if known(kvp) and kvp != rule.kvp:
         found = f'scanned at {kvp:g} kV, scored with the threshold for {rule.kvp:g} kV ({rule.threshold_hu:g} HU)'
         out.append(Finding('KVP', found))
     return tuple(out)

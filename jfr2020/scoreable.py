@@ -33,12 +33,14 @@ class Blood:
 
 CONTRAST_HU = 100. # HU, median of blood above it: contrast medium (calcium reference 2.8)
 
-def _core(ct, anatomy, box, blocks): # bool: which blocks lie deep in the mediastinum
+def _core(ct, anatomy, box): # bool, which blocks lie deep in the mediastinum, (slices, rows, columns); pixels of one
+    k = np.maximum(2, np.round(BLOCK_MM/np.array(ct.spacing[1:])).astype(int))
+    v = ct.data[box.slices].shape; k = np.minimum(k, v[1:]); n = (v[0], *np.array(v[1:])//k)
     deep = anatomy.distance_mm(anatomy.mediastinum.data == 0)
-    ends = [o+n*np.arange(m)+(n-1)/2 for o,n,m in zip(box.start, (1, *blocks[1]), blocks[0])]
+    ends = [o+s*np.arange(m)+(s-1)/2 for o,s,m in zip(box.start, (1, *k), n)]
     at = ct.geometry.to_world(np.stack(np.meshgrid(*ends, indexing='ij'), -1).reshape(-1, 3))
-    mm = anatomy.at(deep, at).reshape(blocks[0])
-    return mm >= min(DEEP_MM, np.percentile(mm, 90)) # a small heart region has a shallow middle
+    mm = anatomy.at(deep, at).reshape(n)
+    return mm >= min(DEEP_MM, np.percentile(mm, 90)), k # small ones are shallow
 
 def blood(
     ct:CTVolume, # the scan
@@ -46,9 +48,8 @@ def blood(
     box:HeartBox, # where its heart is
 ) -> Blood:
     "Median and noise of the middle of the heart"
-    k = np.maximum(2, np.round(BLOCK_MM/np.array(ct.spacing[1:])).astype(int))
-    v = ct.data[box.slices]; k = np.minimum(k, v.shape[1:]); n = np.array(v.shape[1:])//k
-    core = _core(ct, anatomy, box, ((len(v), *n), k))
+    core, k = _core(ct, anatomy, box)
+    v, n = ct.data[box.slices], core.shape[1:]
     v = v[:,:n[0]*k[0],:n[1]*k[1]].reshape(len(v), n[0], k[0], n[1], k[1]).swapaxes(2, 3)
     v = v[core].reshape(-1, k.prod()).astype(np.float32)
     mean = v.mean(1); soft = mean > -50 # blocks of lung and fat say nothing of blood
@@ -118,10 +119,13 @@ def is_sharp_kernel(
 
 def _protocol(ct, facts):
     kvp, kernel, mm = (getattr(facts, k, None) for k in ('kvp','kernel','thickness_mm'))
-    mm, (lo,hi) = mm or ct.spacing[0], THICKNESS_MM
+    known, (lo,hi), every = lambda x: 0 < (x or 0) < np.inf, THICKNESS_MM, ct.spacing[0]
+    if not known(mm):
+        said = f'slice thickness is not known, nor whether slices overlap: taken for their distance, {every:.3g} mm'
+        yield Finding('NO_THICKNESS', said); mm = every
     if not lo-.05 <= mm <= hi+.05:
         yield Finding('THICKNESS', f'slices of {mm:.3g} mm, not {lo:g} or {hi:g} mm: scores are not comparable')
-    if kvp and abs(kvp-120) > .5: yield Finding('KVP', f'{kvp:g} kV, the threshold is made for 120 kV')
+    if not known(kvp): yield Finding('KVP_UNKNOWN', 'tube voltage is not known: the usual threshold assumes 120 kV')
     if kernel and is_sharp_kernel(kernel):
         yield Finding('KERNEL', f'kernel {kernel} sharpens edges: calcium and noise read higher')
     length, field, _ = (n*s for n,s in zip(ct.shape, ct.spacing))
