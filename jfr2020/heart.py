@@ -95,7 +95,7 @@ def _levels(a): # bottom, top (coarse slices), the two bases, notes, confidence
     return bottom, min(last, top), right, left, notes, sure
 
 # %% ../nbs/21_heart.ipynb #24dae9a3
-_OPEN_MM, _MIDDLE_MM = 9, (30, 70) # opening of the mediastinum; where the heart is, right and left of the spine's column
+_OPEN_MM, _MIDDLE_MM = 9, (30, 70) # opening of the mediastinum; heart, right and left of the spine
 _SIDE_MM, _FRONT_MM, _BACK_MM = 8, 6, 6 # margins at the sides, in front, and behind the vertebral front
 _SLICES = .8 # share of the slices that decide; all chosen on real series
 _RIGHT_MM, _LEFT_MM, _DEEP_MM = (45, 80), (65, 140), 60 # least and most extent from the spine's column, least depth
@@ -143,7 +143,7 @@ def find_heart(
     _refuse_without_lungs(a)
     bottom, top, right, left, notes, sure = _levels(a)
     height = (top-bottom+1)*a.geometry.spacing[0]
-    if height < _LEAST_MM: _no_heart(f'only {height:.0f} mm between carina and diaphragm, at least {_LEAST_MM} mm needed')
+    if height < _LEAST_MM: _no_heart(f'only {height:.0f} mm from carina to diaphragm, at least {_LEAST_MM} mm needed')
     front, back, r, l, more, certain = _sides(a, bottom, top, right, left)
     codes = {f.code for f in a.findings}
     sure *= certain * (.4 if 'ONE_LUNG' in codes else 1) * (.9 if 'LUNGS_TRUNCATED' in codes else 1)

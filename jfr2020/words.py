@@ -43,6 +43,8 @@ PHRASES = dict( # key -> (English, French)
            'Lettres : petits candidats de la région cardiaque écartés, voir le tableau plus bas.'),
     zero=('No lesion passes the rule.', 'Aucune lésion ne remplit la règle.'),
     protocol=('Protocol deviations', 'Écarts au protocole'),
+    english=('Remarks, causes and reasons are in English.',
+             'Les textes techniques (remarques, causes, motifs) sont en anglais.'),
     warnings=('Remarks', 'Remarques'),
     no_findings=('Nothing to remark: the scan follows the usual protocol as far as its header says.',
                  'Rien à signaler : l’examen suit le protocole usuel, d’après son en-tête.'),
@@ -191,6 +193,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     WORKER_DIED=('Worker died', 'Processus interrompu'),
     NOT_FINITE=('Not numbers', 'Valeurs non numériques'),
     KVP=('Tube voltage', 'Tension du tube'),
+    KVP_UNKNOWN=('Tube voltage not stated', 'Tension non indiquée'),
     KVP_BETWEEN=('Tube voltage', 'Tension du tube'),
     KVP_BEYOND=('Tube voltage', 'Tension du tube'),
     TIN=('Tin filter', 'Filtre d’étain'),
@@ -237,8 +240,8 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     NO_CALCIUM=('No calcium', 'Pas de calcium'),
     SAME_LESION=('Same lesion', 'Même lésion'),
     UNREADABLE=('Unreadable', 'Illisible'))
-PROTOCOL = frozenset('''KVP KVP_BETWEEN KVP_BEYOND TIN THICKNESS NO_THICKNESS KERNEL NOISE NOT_GATED CONTRAST_HINT
-    OVERLAP GAP GAPS LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
+PROTOCOL = frozenset('''KVP KVP_UNKNOWN KVP_BETWEEN KVP_BEYOND TIN THICKNESS NO_THICKNESS KERNEL NOISE NOT_GATED
+    CONTRAST_HINT OVERLAP GAP GAPS LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
 
 # %% ../nbs/25a_words.ipynb #f397d62a
 class Words:
