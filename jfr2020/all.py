@@ -18,8 +18,14 @@ from .volume import *
 from .view import *
 from .synth import *
 from .config import *
+from .shapes import *
+from .body import *
+from .heartmodel import *
+from .deposits import *
 from .thorax import *
 from .io.header import *
+from .io.files import *
+from .io.faults import *
 from .io.series import *
 from .io.write import *
 from .io.dicom import *
@@ -36,11 +42,14 @@ from .aorta import *
 from .variants import *
 from .lesions import *
 from .case import *
+from .words import *
+from .pictures import *
 from .report import *
 from .datasets import *
 from .scoring import *
 from .cluster import *
 from .batch import *
+from .cli import *
 
 # %% ../nbs/79_all.ipynb #535b5b62
 __all__ = [n for n in globals() if not n.startswith('_')]

@@ -180,3 +180,128 @@ def test_help_answers_without_the_heavy_libraries(words):
 
 
 def test_info_is_json(): assert json.loads(jfr('info', '--json').stdout)['libraries']['pydicom']
+
+
+def zipped(folder, to):
+    with zipfile.ZipFile(to, 'w') as z:
+        for p in sorted(folder.iterdir()): z.write(p, f'x/{p.name}')
+    return to
+
+
+def test_two_archives_keep_their_own_pixels_and_leave_nothing_behind(scored, cohort, tmp_path):
+    zips = [zipped(cohort/f'patient-000{k}', tmp_path/f'{k}.zip') for k in (1, 2)]
+    run = jfr('score', *zips, '-o', tmp_path/'out', '--json')
+    want = [s['agatston'] for s in json.loads(scored[0].stdout)['series'][:2]]
+    assert [s['agatston'] for s in json.loads(run.stdout)['series']] == want and want[0] != want[1]
+    assert not list((tmp_path/'out').rglob('*.dcm')) and not (tmp_path/'out'/'unpacked').exists()
+
+
+def test_other_settings_are_scored_anew_and_the_first_again(cohort, tmp_path):
+    score = lambda *more: json.loads(jfr('score', cohort/'patient-0001', '-o', tmp_path/'o', '--json', *more).stdout)['series'][0]
+    first, other, again = score(), score('--min-area-mm2', 40), score()
+    assert again['agatston'] == first['agatston'] != other['agatston'] and again['settings'] == first['settings']
+
+
+def test_one_series_in_two_inputs_has_two_results(cohort, tmp_path):
+    import shutil
+    shutil.copytree(cohort/'patient-0001', tmp_path/'copy')
+    for _ in range(2):
+        doc = json.loads(jfr('score', cohort/'patient-0001', tmp_path/'copy', '-o', tmp_path/'o', '--json').stdout)
+        assert [Path(s['input']).name for s in doc['series']] == ['patient-0001', 'copy']
+    assert len(list((tmp_path/'o').glob('series/*'))) == 2
+
+
+def test_a_damaged_scan_beside_a_ready_one_is_refused_aloud(cohort, tmp_path):
+    "The calcium series lost a slice, the lung kernel of the same study is whole: both are said"
+    import pydicom
+    for name, uid in (('a', '2.25.111'), ('b', '2.25.222')):
+        (tmp_path/'in'/name).mkdir(parents=True)
+        for k, p in enumerate(sorted((cohort/'patient-0001').iterdir())):
+            ds = pydicom.dcmread(p)
+            ds.SeriesInstanceUID, ds.ConvolutionKernel = uid, 'B35f' if name == 'a' else 'B70f'
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f'{uid}.{k}'
+            ds.save_as(tmp_path/'in'/name/p.name)
+    find_series(tmp_path/'in'/'a')[0].series.files[20].unlink()
+    run = jfr('score', tmp_path/'in', '-o', tmp_path/'o', '--json')
+    by = {s['series_uid']: s for s in json.loads(run.stdout)['series']}
+    assert run.returncode == 3 and by['2.25.222']['status'] == 'scored' and by['2.25.111']['refusal']['code'] == 'MISSING_SLICE'
+
+
+def test_what_others_have_in_the_folder_stays(cohort, tmp_path):
+    keep = [tmp_path/'o'/'.part-notes.txt', tmp_path/'o'/'mine'/'.part-12345678-x', tmp_path/'o'/'dicom'/'scan.dcm']
+    for p in keep: p.parent.mkdir(parents=True, exist_ok=True); p.write_text('mine')
+    jfr('score', cohort/'patient-0002', '-o', tmp_path/'o')
+    assert jfr('demo', '-o', tmp_path/'o').returncode == 2 # dicom/ is there and is not the demo's
+    assert all(p.read_text() == 'mine' for p in keep)
+
+
+def test_a_second_run_into_the_same_folder_is_told_to_wait(cohort, tmp_path):
+    from jfr2020.config import lock_folder
+    with lock_folder(tmp_path/'o'): run = jfr('score', cohort/'patient-0002', '-o', tmp_path/'o')
+    assert run.returncode == 5 and 'BUSY' in run.stderr
+
+
+def test_one_bad_input_does_not_stop_the_others(cohort, tmp_path):
+    (tmp_path/'x.nii').mkdir(); (tmp_path/'bad.zip').write_bytes(b'PK'); (tmp_path/'t.nii.gz').write_bytes(b'nothing')
+    run = jfr('score', tmp_path/'absent.nii.gz', tmp_path/'x.nii', tmp_path/'bad.zip', tmp_path/'t.nii.gz', cohort/'patient-0002', '-o', tmp_path/'o', '--json')
+    doc = json.loads(run.stdout)
+    assert run.returncode == 3 and 'Traceback' not in run.stderr
+    assert [s['status'] for s in doc['series']].count('scored') == 1 and len(doc['series']) == 5
+    assert not [s for s in doc['series'] if s['refusal'] and s['refusal']['code'] == 'INTERNAL']
+
+
+def test_a_folder_name_of_odd_bytes_is_scored(cohort, tmp_path):
+    import shutil
+    odd = os.fsencode(tmp_path) + b'/d\xff'
+    shutil.copytree(os.fsencode(cohort/'patient-0002'), odd)
+    run = subprocess.run([sys.executable.encode(), b'-m', b'jfr2020', b'score', odd, b'-o', os.fsencode(tmp_path/'o'), b'--json'], capture_output=True)
+    assert run.returncode == 0 and json.loads(run.stdout)['series'][0]['status'] == 'scored', run.stderr
+
+
+def test_a_damaged_result_is_made_again(cohort, tmp_path):
+    jfr('score', cohort/'patient-0002', '-o', tmp_path/'o')
+    case = next((tmp_path/'o').glob('series/*/case.json'))
+    for name, text in (('case.json', '{half'), ('report.html', None), ('mask.nii.gz', None)):
+        case.with_name(name).write_text(text) if text else case.with_name(name).unlink()
+        assert jfr('score', cohort/'patient-0002', '-o', tmp_path/'o').returncode == 0
+        assert case.with_name(name).exists() and json.loads(case.read_text())['status'] == 'scored'
+
+
+def test_json_is_written_for_whole_refusals_too(cohort, tmp_path):
+    run = jfr('score', cohort, '-o', tmp_path/'o', '--series', '1.2.3', '--json')
+    assert run.returncode == 4 and json.loads(run.stdout)['series'][0]['refusal']['code'] == 'NO_SERIES'
+
+
+def test_phantom_mode_and_refusals_carry_all_seconds_and_settings(scored, tmp_path):
+    jfr('synth', 'qrm', '-o', tmp_path/'q', '-n', 1)
+    doc = json.loads(jfr('score', tmp_path/'q', '-o', tmp_path/'o', '--region', 'all', '--json').stdout)
+    for s in [*doc['series'], *json.loads(scored[0].stdout)['series']]:
+        assert set(s['seconds']) == {'read', 'heart', 'network', 'score', 'total'} and len(s['settings']) == 4
+    assert 450 < doc['series'][0]['agatston'] < 800
+
+
+def test_workers_end_with_a_killed_parent(cohort, tmp_path):
+    p = subprocess.Popen([sys.executable, '-m', 'jfr2020', 'score', str(cohort), '-o', str(tmp_path/'k'), '--workers', '2'], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL, start_new_session=True)
+    time.sleep(4)
+    p.kill(); p.wait()
+    group = lambda: [d for d in os.listdir('/proc') if d.isdigit() and _group(d) == p.pid]
+    end = time.time() + 20
+    while group() and time.time() < end: time.sleep(.5)
+    assert group() == []
+
+
+def _group(pid):
+    try: return os.getpgid(int(pid))
+    except (ProcessLookupError, PermissionError): return None
+
+
+@pytest.mark.parametrize('words', [['series', 'absent'], ['series', '.']])
+def test_series_of_nothing_is_all_refused(words, tmp_path): assert jfr(*words, cwd=tmp_path).returncode == 4
+
+
+@pytest.mark.parametrize('words', [['synth', 'ct', '-o', 'x', '-n', '0'], ['synth', 'ct', '-o', 'x', '-n', '-1'], ['score', 'x', '-o', 'o', '--workers', '0'],
+                                   ['score', 'x', '-o', 'o', '--threshold-hu', '-5000'], ['score', 'x', '-o', 'o', '--seg'], ['score', 'x', '-o', 'o', '--mask', 'absent.nii']])
+def test_numbers_and_options_out_of_range_are_wrong_usage(words, tmp_path):
+    run = jfr(*words, cwd=tmp_path)
+    assert run.returncode == 2 and 'Traceback' not in run.stderr and 'INTERNAL' not in run.stderr, run.stderr
