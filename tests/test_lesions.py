@@ -145,8 +145,16 @@ def test_every_rule_has_a_case_and_a_reason():
 def test_each_rule_fires_on_its_own_figure(name): assert fires(CHANGES[name]) == [name]
 
 
-@pytest.mark.parametrize('change', [dict(cut=True), dict(volume_mm3=4000.), dict(mediastinum_mm=9.), dict(around_hu=65., frame=(.5,.05,.5))])
+@pytest.mark.parametrize('change', [dict(cut=True), dict(volume_mm3=4000.), dict(mediastinum_mm=9.), dict(around_hu=65., frame=(.5,.05,.5)),
+                                    dict(fat_mm=5., soft_share=.97)])
 def test_the_other_ways_to_be_rejected(change): assert len(fires(change)) == 1
+
+
+# what real pieces of the left anterior descending artery measured, and the furthest true plaques of the phantom
+@pytest.mark.parametrize('fat_mm,soft,fat', [(1.39,.41,.16), (2.08,.63,.19), (.87,.6,.13), (1.24,.81,.02), (1.24,.45,.26),
+                                             (5.27,.83,.02), (4.09,.83,.05), (1.2,.05,.5), (1.7,.17,.66)])
+def test_what_coronary_lesions_measured_meets_no_rule(fat_mm, soft, fat):
+    assert fires(dict(fat_mm=fat_mm, soft_share=soft, fat_share=fat)) == []
 
 
 @pytest.fixture(scope='module')
