@@ -1,5 +1,6 @@
 "The header walk equals pydicom on every real file, every syntax and every mutated header; series of the shared data get their verdict."
 import os
+import tracemalloc
 import warnings
 from collections import Counter
 
@@ -207,6 +208,18 @@ def test_long_headers_and_long_texts(tmp_path):
         h = read_header(path)
         assert h.how == 'walk' and h.offset > 300_000
         assert_same(path, h)
+
+
+@pytest.mark.parametrize('syntax', ['explicit', 'implicit'])
+def test_a_long_header_takes_no_memory_for_its_elements(tmp_path, syntax):
+    whole, path = rich_header(tmp_path/'s', syntax).read_bytes(), tmp_path/'long'
+    end = read_header(next((tmp_path/'s').iterdir())).offset - (12 if syntax == 'explicit' else 8)
+    empty = b'\x29\0\x01\x20' + (b'LO\0\0' if syntax == 'explicit' else bytes(4))
+    path.write_bytes(whole[:end] + empty*200_000 + whole[end:])
+    tracemalloc.start()
+    try: h, (_, peak) = read_header(path), tracemalloc.get_traced_memory()
+    finally: tracemalloc.stop()
+    assert h.how == 'walk' and h.offset > 1_600_000 and peak < 4*h.size, peak/h.size
 
 
 def test_enhanced_frames_in_any_order(tmp_path):

@@ -153,7 +153,7 @@ _WANTED = {_LE(t): (k, {_US, _SS} if vr == 'XS' else _VR(vr)) for k,(t,vr) in TA
 _WANTED |= {_LE(0x7FE00008): ('', ()), _LE(0x7FE00009): ('', ())} # pixels in floats: no value type fits, so ask pydicom
 _head, _pair, _word = (struct.Struct(o).unpack_from for o in ('<IHH', '<II', '<I'))
 
-def _explicit(b, pos, raw, passed, depth):
+def _explicit(b, pos, raw, note, depth):
     "Walk explicit little endian elements -> (word, position, length of the pixels)"
     last, wanted, head, short = len(b)-8, ({} if depth else _WANTED).get, _head, _SHORT
     while pos <= last:
@@ -165,17 +165,17 @@ def _explicit(b, pos, raw, passed, depth):
             if tag == _PIXELS and not depth: return ('pixels', at, n) if vr in (_OB, _OW) else ('defer', pos, 0)
             if n == _UNDEFINED:
                 if vr != _SQ: return 'defer', pos, 0
-                say, pos = _items(b, at, _explicit, passed, depth+1)
+                say, pos = _items(b, at, _explicit, note, depth+1)
                 if say: return say, pos, 0
                 continue
         else: return ('item' if depth and tag == _ITEM_END else 'defer'), pos + 8, 0
         pos, keep = at + n, wanted(tag)
-        passed.append((keep and keep[0], at, pos))
+        note((keep and keep[0], at, pos))
         if keep and vr not in keep[1]: return 'defer', pos, 0
         if keep: raw[keep[0]] = b[at:pos]
     return ('end' if pos == len(b) and not depth else 'more'), pos, 0
 
-def _implicit(b, pos, raw, passed, depth):
+def _implicit(b, pos, raw, note, depth):
     "Walk implicit little endian elements -> (word, position, length of the pixels)"
     last, wanted, pair = len(b)-8, ({} if depth else _WANTED).get, _pair
     if not depth and b[pos+4:pos+6].isalpha() and b[pos+4:pos+6].isupper(): return 'defer', pos, 0 # looks explicit
@@ -187,16 +187,16 @@ def _implicit(b, pos, raw, passed, depth):
         if n == _UNDEFINED:
             if at > last: return 'more', pos, 0
             if pair(b, at)[0] not in (_ITEM, _SEQUENCE_END): return 'defer', pos, 0
-            say, pos = _items(b, at, _implicit, passed, depth+1)
+            say, pos = _items(b, at, _implicit, note, depth+1)
             if say: return say, pos, 0
             continue
         pos, keep = at + n, wanted(tag)
-        passed.append((keep and keep[0], at, pos))
+        note((keep and keep[0], at, pos))
         if keep and not keep[0]: return 'defer', pos, 0
         if keep: raw[keep[0]] = b[at:pos]
     return ('end' if pos == len(b) and not depth else 'more'), pos, 0
 
-def _items(b, pos, walk, passed, depth):
+def _items(b, pos, walk, note, depth):
     "Skip the items of a sequence of undefined length -> ('' or word, position after its end)"
     if depth > LIMITS.nesting: return 'deep', pos
     while pos+8 <= len(b):
@@ -204,12 +204,12 @@ def _items(b, pos, walk, passed, depth):
         pos += 8
         if tag == _SEQUENCE_END: return '', pos
         if tag != _ITEM: return 'defer', pos
-        if n != _UNDEFINED: pos += n; passed.append((None, pos-n, pos)); continue
-        say, pos, _ = walk(b, pos, {}, passed, depth)
+        if n != _UNDEFINED: pos += n; note((None, pos-n, pos)); continue
+        say, pos, _ = walk(b, pos, {}, note, depth)
         if say != 'item': return say, pos
     return 'more', pos
 
-def _meta(b, raw, passed):
+def _meta(b, raw, note):
     "Walk the file meta group -> ('' or word, position after it)"
     pos = 132
     while pos+12 <= len(b) and b[pos:pos+2] == b'\2\0':
@@ -218,7 +218,7 @@ def _meta(b, raw, passed):
         if vr in _LONG: n, at = _word(b, pos+8)[0], pos + 12
         elif vr not in _SHORT: return 'defer', pos
         pos, keep = at + n, _WANTED.get(tag)
-        passed.append((keep and keep[0], at, pos))
+        note((keep and keep[0], at, pos))
         if keep and vr not in keep[1]: return 'defer', pos
         if keep: raw[keep[0]] = b[at:pos]
     return ('' if pos+12 <= len(b) else 'more'), pos
@@ -239,8 +239,7 @@ def _layout(b, passed, end):
     mask = bytearray(132) + b'\xff'*(end[1]-132)
     for _,i,j in (o for o in passed if o[0] != 'TransferSyntaxUID'): mask[i:j] = bytes(j-i)
     mask = np.frombuffer(bytes(mask), 'u1')
-    fixed = (np.frombuffer(b, 'u1', end[1]) & mask).tobytes()
-    return Layout(end, mask, fixed, tuple(o for o in passed if o[0]))
+    return Layout(end, mask, (np.frombuffer(b, 'u1', end[1]) & mask).tobytes(), tuple(o for o in passed if o[0]))
 
 def _fits(layout, b):
     "Would the walk go through `b` as it went through the file of `layout`?"
@@ -289,7 +288,7 @@ def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').
 def _inflate(f, path):
     "The deflated file `f` as an explicit one in memory, refused beyond the ratio of `LIMITS`"
     b, raw = f.read(), {}
-    _, pos = _meta(b, raw, [])
+    _, pos = _meta(b, raw, bool)
     packed, z = b[pos:], zlib.decompressobj(-zlib.MAX_WBITS)
     most = max(LIMITS.deflate_ratio*len(packed), 4 << 20) # what is small when unpacked is no bomb
     try: out = z.decompress(packed, most)
@@ -308,7 +307,7 @@ def _dataset(path, pixels=False):
         warnings.simplefilter('ignore')
         magic, raw = f.read(16384), {}
         f.seek(0)
-        if magic[128:132] == b'DICM': _meta(magic, raw, [])
+        if magic[128:132] == b'DICM': _meta(magic, raw, bool)
         packed = _uid(raw, 'TransferSyntaxUID') == DEFLATED
         try:
             src = _inflate(f, path) if packed else f
@@ -412,10 +411,11 @@ def _walk(b):
     for o in _layouts:
         if _fits(o, b): return 'pixels', {k: b[i:j] for k,i,j in o.places}, *o.end
     raw, passed = {}, []
-    say, pos = _meta(b, raw, passed)
+    note = passed.append if len(b) <= _FIRST else bool # a long header is not remembered
+    say, pos = _meta(b, raw, note)
     syntax = _uid(raw, 'TransferSyntaxUID')
     if say or not syntax or syntax in (DEFLATED, '1.2.840.10008.1.2.2'): return say or 'defer', raw, syntax, 0, 0
-    say, at, n = (_implicit if syntax == '1.2.840.10008.1.2' else _explicit)(b, pos, raw, passed, 0)
+    say, at, n = (_implicit if syntax == '1.2.840.10008.1.2' else _explicit)(b, pos, raw, note, 0)
     if say == 'pixels' and at+4 <= len(b) <= _FIRST: _layouts = _layout(b, passed, (syntax, at, n)), *_layouts[:15]
     return say, raw, syntax, at, n
 
@@ -429,7 +429,7 @@ def _plain(path, fd, b, size):
     "`Header` of a file with a preamble that begins with `b`"
     say, raw, syntax, at, n = _walk(b)
     while say in ('more', 'end') and len(b) < min(size, LIMITS.header_bytes):
-        b = _read_at(fd, min(len(b)*16, LIMITS.header_bytes), 0)
+        b = _read_at(fd, min(len(b)*16, size, LIMITS.header_bytes), 0)
         say, raw, syntax, at, n = _walk(b)
     if say == 'deep': raise _too_deep(path)
     if say in ('more', 'end') and len(b) < size:
