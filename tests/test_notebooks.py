@@ -1,8 +1,9 @@
-"Every page's examples, run against the exported module: what a user imports is what the page shows."
-import importlib, os
+"Every page, run against the exported module: what a user imports is what the page shows, and the kept outputs are still true."
+import ast, importlib, os, re
 from pathlib import Path
 
 import pytest
+from IPython.lib.pretty import pretty
 from nbdev.test import nb_test_cells
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
@@ -17,6 +18,26 @@ def module_of(page): # 22_calcium.ipynb -> jfr2020.calcium; tutorials and the in
     return None if stem.startswith('tutorial') or page.stem == 'index' else importlib.import_module(f'jfr2020.{stem}')
 
 
+def run_cell(source, name, names):
+    "Run a cell; the value of its last expression, as a notebook shows it"
+    tree, last = ast.parse(source), None
+    if tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(';'): last = ast.Expression(tree.body.pop().value)
+    exec(compile(tree, name, 'exec'), names)
+    return eval(compile(last, name, 'eval'), names) if last else None
+
+
+def kept(cell):
+    "The text of a cell's kept value, '' for none or a picture"
+    data = [o.get('data', {}) for o in cell.get('outputs', []) if o.get('output_type') == 'execute_result']
+    return ''.join(data[0].get('text/plain', '')) if data and 'image/png' not in data[0] else ''
+
+
+def comparable(text):
+    "`text` with numbers to three digits, and without what differs from run to run: addresses, temporary folders, times"
+    text = re.sub(r'0x[0-9a-f]+|/tmp/\S+|2\.25\.\d+|<Figure.*?>|\s+', ' ', text)
+    return re.sub(r'-?\d+\.\d+(e[-+]?\d+)?', lambda m: f'{float(m[0]):.3g}', text)
+
+
 @pytest.mark.parametrize('page', sorted(NBS.glob('*.ipynb')), ids=lambda p: p.stem)
 def test_page(page, monkeypatch):
     monkeypatch.chdir(NBS)
@@ -24,8 +45,13 @@ def test_page(page, monkeypatch):
     module = module_of(page)
     names = {**(vars(module) if module else {}), '__name__': '__main__'}
     import matplotlib.pyplot as plt
+    stale = []
     for cell in nb_test_cells(page, skip_flags=['notest', 'slow', 'cuda', 'data']):
         if cell.cell_type != 'code' or EXPORTED & directives(cell): continue
         source = os.linesep.join(l for l in cell.source.splitlines() if not l.strip().startswith('#|'))
-        exec(compile(source, f'{page.name}#{cell.id}', 'exec'), names)
+        value = run_cell(source, f'{page.name}#{cell.id}', names)
+        if (was := kept(cell)) and 'hide' not in directives(cell):
+            now = pretty(value)
+            if comparable(now) != comparable(was): stale.append(f'{page.name}#{cell.id} shows\n{was}\nbut gives\n{now}')
     plt.close('all')
+    assert not stale, '\n\n'.join(stale)
