@@ -180,6 +180,27 @@ def test_no_calcium_no_score():
     assert calcium_score(case.ct, RuleSegmenter()(case.ct)).agatston == 0
 
 
+def test_plaques_of_the_right_coronary_survive_from_its_origin_on():
+    true, kept = 0, 0
+    for seed in (2, 12, 13):
+        case = chest_phantom(seed, matrix=192, agatston=300, vessels=('RCA',), decoys=None)
+        calcium = snap_to_lesions(case.ct, case.lesions).data > 0
+        labels, n = ndi.label(calcium, FULL)
+        got = RuleSegmenter()(case.ct).data > 0
+        assert not got[~calcium].any()
+        true, kept = true+n, kept+len(np.unique(labels[got]))
+    assert true >= 9 and kept >= true-1
+
+
+def test_what_is_not_coronary_leaves_no_score():
+    zero, seeds = 0, (3001, 3002, 3003, 3004)
+    for seed in seeds:
+        case = chest_phantom(seed, matrix=192, agatston=0, decoys=('mitral annulus', 'lymph node', 'aortic wall'))
+        assert (case.ct.data[case.decoys.data > 0] >= 130).any()
+        zero += calcium_score(case.ct, RuleSegmenter()(case.ct)).agatston == 0
+    assert zero >= len(seeds)-1 # a node of the hilum a hair below the limits of `above` and `lung` may stay
+
+
 def test_candidates_are_all_listed_and_explained(case):
     anatomy = find_anatomy(case.ct); box = find_heart(case.ct, anatomy)
     seen = find_candidates(case.ct, anatomy, box)
