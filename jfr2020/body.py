@@ -11,6 +11,7 @@ __all__ = ['TISSUE', 'SKIN', 'CAGE', 'SPINE', 'AXILLA', 'PIPES', 'AIRWAYS', 'HIL
 from dataclasses import dataclass
 import numpy as np
 
+from .errors import *
 from .shapes import *
 
 # %% ../nbs/05b_body.ipynb #cea067bf
@@ -46,6 +47,7 @@ def draw_physique(
     sex:str = None, # 'M', 'F'; drawn when absent
 ) -> Physique:
     "A patient of the adult population"
+    if sex not in (None,'M','F'): raise ConfigError(f"sex is 'M', 'F' or None, got {sex!r}")
     sex = sex or 'MF'[int(rng.random() < .45)]
     size = rng.normal(.94 if sex=='F' else 1.02, .04)
     n = lambda sd: float(np.clip(rng.normal(0, sd), -2*sd, 2*sd))

@@ -9,6 +9,8 @@ __all__ = ['Plane', 'Ellipsoid', 'Column', 'Tube', 'smooth_line', 'tube', 'blend
 from dataclasses import dataclass
 import numpy as np
 
+from .errors import *
+
 # %% ../nbs/05a_shapes.ipynb #2ec12b55
 class Plane:
     "An axial slice being painted: HU at the points (x[j], y[i]) of height z"
@@ -71,6 +73,7 @@ class Ellipsoid:
         set_ = object.__setattr__
         for name in ('centre','radii'): set_(self, name, np.asarray(getattr(self, name), np.float32))
         set_(self, 'axes', np.asarray(np.eye(3) if self.axes is None else self.axes, np.float32))
+        if not (self.radii > 0).all(): raise GeometryError(f'semi-axes must be > 0 mm, got {self.radii.tolist()}')
 
     @property
     def extent(self) -> np.ndarray: # (3,) mm, half size of the box around it
@@ -104,7 +107,9 @@ class Column:
     knots:np.ndarray # (N,5) mm: z ascending, centre x, centre y, half-width in x, half-width in y
     power:float = 2. # exponent: 2 an ellipse, more is squarer
 
-    def __post_init__(self): object.__setattr__(self, 'knots', np.asarray(self.knots, np.float64))
+    def __post_init__(self):
+        object.__setattr__(self, 'knots', np.asarray(self.knots, np.float64))
+        if not (np.diff(z:=self.knots[:,0]) > 0).all(): raise GeometryError(f'heights must ascend, got {z.tolist()} mm')
 
     def at(self,
         z, # mm
