@@ -110,11 +110,15 @@ def check_series(
 ) -> DicomSeries:
     "The series as one regular stack, or the refusal that says what is wrong and where"
     slices = sort_slices(headers)
+    return _checked(slices, series_facts(slices), fewest)
+
+def _checked(slices, facts, fewest):
+    "The series of sorted `slices`, or its refusal"
     for check in (check_kind, check_unmixed, check_coding, check_hu): check(slices)
     affine = check_grid(slices, fewest)
     h, found = slices[0], check_rescale(slices) + check_inverted(slices)
     geometry = Geometry((len(slices), int(h.get('Rows')), int(h.get('Columns'))), lps2ras(affine))
-    facts, step = series_facts(slices), geometry.spacing[0]
+    step = geometry.spacing[0]
     files = tuple(dict.fromkeys(o.path for o in slices))
     return DicomSeries(facts.uid, files, geometry, replace(facts, increment_mm=step), found + remarks(slices, step),
                        tuple(slices))
@@ -170,7 +174,8 @@ def _entry(headers, source, bad, fewest):
     "The entry of one group of headers"
     unnamed = not headers[0].get('SeriesInstanceUID')
     if unnamed: headers = _named(headers)
-    facts, plain = series_facts(sort_slices(headers)), re.compile(r'[0-9.]{1,64}')
+    slices, plain = sort_slices(headers), re.compile(r'[0-9.]{1,64}')
+    facts = series_facts(slices)
     try:
         if not plain.fullmatch(facts.uid):
             facts = replace(facts, uid='') # it may end in a file name
@@ -181,7 +186,7 @@ def _entry(headers, source, bad, fewest):
             raise DicomSeriesError(f'{e.cause}; it may be one of the slices{more}', e.code,
                                    'copy it again, or take it out if it is none')
         check_manifest([h.path for h in headers])
-        s = check_series(headers, fewest)
+        s = _checked(slices, facts, fewest)
         if unnamed:
             text = 'SeriesInstanceUID is absent: the files of one folder are one series, named by its content'
             s = replace(s, findings=(Finding('NO_SERIES_UID', text), *s.findings))
