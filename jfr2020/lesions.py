@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHELL_MM', 'NEAR_MM', 'FAT_HU', 'SOFT_HU', 'BONE_MM', 'OUTSIDE_MM', 'BEHIND_MM', 'WALL_MM', 'FAT_MM', 'LUNG_MM',
            'HILUM_MM', 'FRONT_PART', 'BACK_PART', 'CARTILAGE_HU', 'TOP_PART', 'ABOVE_PART', 'ALONE', 'ARTERY_MM',
-           'BURIED', 'NOISE_MM3', 'NOISE_SDS', 'RULES', 'ROOT_MM', 'AROUND_MM', 'Candidate', 'Candidates',
+           'BURIED', 'NOISE_MM3', 'NOISE_SDS', 'REJECTIONS', 'ROOT_MM', 'AROUND_MM', 'Candidate', 'Candidates',
            'find_candidates', 'Segmentation', 'RuleSegmenter', 'snap_to_lesions', 'grow_from_click', 'read_clicks']
 
 # %% ../nbs/23_lesions.ipynb #2d5f11eb
@@ -142,7 +142,7 @@ def _muscle(c):
     "no fat near it: calcium of a valve, its ring or the heart muscle; coronary arteries run in fat"
     return (c['fat_mm'] > FAT_MM) | ((c['fat_mm'] > ARTERY_MM) & (c['soft_share'] > BURIED))
 
-RULES = ((_metal, ('peak_hu',)), (_bone, ('bone_mm','volume_mm3')), (_cartilage, ('around_hu',)),
+REJECTIONS = ((_metal, ('peak_hu',)), (_bone, ('bone_mm','volume_mm3')), (_cartilage, ('around_hu',)),
          (_outside, ('mediastinum_mm',)), (_behind, ('ahead_mm',)), (_descending_aorta, ('descending_mm',)),
          (_aortic_root, ('ascending_mm',)), (_lung, ('lung_mm',)), (_hilum, ('lung_mm','ahead_mm')),
          (_above, ('ahead_mm',)), (_alone, ('soft_share','fat_share')),
@@ -224,7 +224,7 @@ class Candidates:
 def _name(rule): return rule.__name__[1:]
 
 def _why(name, columns, i): # reason and figures of a rejection
-    for rule,show in RULES:
+    for rule,show in REJECTIONS:
         if _name(rule) == name:
             return rule.__doc__+'; '+', '.join(f'{k} {columns[k][i]:.1f}' for k in show)
     return ''
@@ -252,7 +252,7 @@ def find_candidates(
     local = columns['around_hu']+NOISE_SDS*sd
     columns['noise_top_hu'] = np.fmax(local, seen.median_hu+NOISE_SDS*seen.noise_hu)
     verdict = np.full(len(pick), '', dtype='U24')
-    for test,_ in RULES[::-1]: verdict[test(columns)] = _name(test)
+    for test,_ in REJECTIONS[::-1]: verdict[test(columns)] = _name(test)
     return Candidates(found, pick, columns, verdict, int((near & ~counts).sum()), aorta.findings)
 
 # %% ../nbs/23_lesions.ipynb #02db0ad8

@@ -16,7 +16,7 @@ from jfr2020.components import bright_components, snap_to_lesions
 from jfr2020.errors import ConfigError, JfrError
 from jfr2020.geometry import Geometry
 from jfr2020.heart import find_heart
-from jfr2020.lesions import RULES, RuleSegmenter, find_candidates
+from jfr2020.lesions import REJECTIONS, RuleSegmenter, find_candidates
 from jfr2020.thorax import chest_phantom
 from jfr2020.volume import CTVolume, MaskVolume, flip
 
@@ -130,15 +130,15 @@ CHANGES = dict(metal=dict(peak_hu=2500.), bone=dict(bone_mm=0.), cartilage=dict(
 
 def fires(change):
     columns = {k: np.array([v]) for k,v in (KEPT | change).items()}
-    return [test.__name__[1:] for test,_ in RULES if test(columns)[0]]
+    return [test.__name__[1:] for test,_ in REJECTIONS if test(columns)[0]]
 
 
 def test_a_plain_coronary_lesion_meets_no_rule(): assert fires({}) == []
 
 
 def test_every_rule_has_a_case_and_a_reason():
-    assert [t.__name__[1:] for t,_ in RULES] == list(CHANGES)
-    assert all(t.__doc__ and shown for t,shown in RULES)
+    assert [t.__name__[1:] for t,_ in REJECTIONS] == list(CHANGES)
+    assert all(t.__doc__ and shown for t,shown in REJECTIONS)
 
 
 @pytest.mark.parametrize('name', CHANGES)

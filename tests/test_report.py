@@ -13,7 +13,7 @@ from jfr2020.case import NOTICE, CaseResult, case_json
 from jfr2020.categories import SCHEMES, cac_drs, risk_category
 from jfr2020.errors import ConfigError, DicomSeriesError, Finding, NotScoreable
 from jfr2020.geometry import Geometry
-from jfr2020.lesions import RULES
+from jfr2020.lesions import REJECTIONS
 from jfr2020.pictures import Picture, draw_picture, outline, overview_picture, plane_pictures, scene, slice_pictures
 from jfr2020.report import PAGE_BYTES, case_picture, case_report, cohort_report
 from jfr2020.volume import CTVolume, MaskVolume, flip
@@ -149,7 +149,7 @@ def test_words_are_complete():
     unused = {k for k in PHRASES if k not in known and not re.search(rf"['\"]{k}['\"]", code)}
     assert not unused, unused
     code = ''.join(f.read_text() for f in Path(jfr2020.__file__).parent.rglob('*.py'))
-    said = {test.__name__.lstrip('_') for test, _ in RULES} | set(re.findall(r"Finding\(\s*'([A-Z_]+)'", code))
+    said = {test.__name__.lstrip('_') for test, _ in REJECTIONS} | set(re.findall(r"Finding\(\s*'([A-Z_]+)'", code))
     assert not said - set(TITLES), 'give them a title in nbs/25a_words.ipynb'
     for table in (PHRASES, TITLES):
         for both in table.values(): assert len(both) == len(LANGUAGES) and all(both), both
