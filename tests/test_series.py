@@ -1,5 +1,6 @@
 "The header walk equals pydicom on every real file, every syntax and every mutated header; series of the shared data get their verdict."
 import os
+import tracemalloc
 import warnings
 from collections import Counter
 
@@ -124,6 +125,69 @@ def test_walk_equals_pydicom_under_mutation(tmp_path, syntax):
     assert n['walk'] > 500 and n['only the walk'] < 30, n
 
 
+def outcome(path):
+    "What reading a header comes to: the header, or the refusal as it is shown"
+    try: return read_header(path)
+    except DicomSeriesError as e: return type(e), e.code, e.cause
+
+
+def mutant(whole, places, end, rng):
+    "A header changed in one or several of the ways in which siblings and damaged files differ"
+    b = bytearray(whole)
+    for way in rng.choice(8, rng.integers(1, 3), p=(.2, .35, .1, .1, .1, .05, .05, .05)):
+        k, i, j = places[rng.integers(len(places))]
+        if way == 0: b[rng.integers(end)] ^= 1 << int(rng.integers(8)) # any bit
+        elif way == 1 and j > i: b[i:j] = rng.bytes(j-i) # a value
+        elif way == 2: at = rng.integers(132, end); b[at:at] = rng.bytes(rng.integers(1, 9)) # inserted
+        elif way == 3: at = rng.integers(132, end); del b[at:at+rng.integers(1, 9)] # lost
+        elif way == 4 and b[i-2] < 250: # a value of another length: two bytes more, and said so
+            for at in (i-2, i-4): # 16-bit and 32-bit lengths
+                if int.from_bytes(b[at:i], 'little') == j-i: b[at] += 2; b[j:j] = b'1 '; break
+        elif way == 5: return bytes(b[:rng.integers(100, len(b))]) # cut
+        elif way == 6: b += bytes(20_000) # pixels that go on
+        elif k == 'TransferSyntaxUID': b[i:j] = b'1.2.840.10008.1.2'.ljust(j-i, b'\0')
+        else: b[end-12:end-12] = b'\2\0\x10\0UI\x12\x001.2.840.10008.1.2\0' # a second transfer syntax, too late to count
+    return bytes(b)
+
+
+@pytest.mark.parametrize('syntax', ['explicit', 'implicit', 'rle'])
+def test_a_header_read_after_its_siblings_is_the_header_read_alone(tmp_path, monkeypatch, syntax):
+    "Layouts remembered from a good file, and from all mutants before, change nothing: not a value, not a refusal"
+    path = rich_header(tmp_path/'s', syntax)
+    whole, path, rng, used, n = path.read_bytes(), tmp_path/'mutated', np.random.default_rng(21), [], Counter()
+    fits = header_room._fits
+    monkeypatch.setattr(header_room, '_fits', lambda o, b: fits(o, b) and not used.append(1))
+    monkeypatch.setattr(header_room, '_layouts', ())
+    path.write_bytes(whole)
+    end, (good,) = read_header(path).offset, header_room._layouts
+    seen = ()
+    for k in range(2000):
+        path.write_bytes(mutant(whole, good.places, end, rng))
+        monkeypatch.setattr(header_room, '_layouts', ())
+        alone = outcome(path)
+        assert not used
+        for name, layouts in (('after good', (good,)), ('after many', seen)):
+            monkeypatch.setattr(header_room, '_layouts', layouts)
+            assert outcome(path) == alone, k
+            n[name] += len(used)
+            used.clear()
+        seen = header_room._layouts
+        n[alone.how if hasattr(alone, 'how') else alone and alone[1]] += 1
+    assert n['after many'] > n['after good'] > 400 and n['walk'] > 900 and n['pydicom'] > 50 and n['TRUNCATED'] > 50, n
+
+
+def test_few_layouts_are_kept_and_threads_may_share_them(tmp_path, monkeypatch):
+    "Series of different layouts read by four threads at once: as one after the other"
+    from concurrent.futures import ThreadPoolExecutor
+    monkeypatch.setattr(header_room, '_layouts', ())
+    paths = [p for k in range(20) for p in write_series(volume()[0], tmp_path/f'{k}', SeriesDescription='x'*2*k)[:8]]
+    alone = [read_header(p) for p in paths]
+    assert len(header_room._layouts) == 16
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5): assert list(pool.map(read_header, paths[::-1])) == alone[::-1]
+    assert len(header_room._layouts) == 16
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=400), st.booleans())
 def test_any_bytes_are_none_or_refused(tmp_path_factory, b, magic):
@@ -144,6 +208,18 @@ def test_long_headers_and_long_texts(tmp_path):
         h = read_header(path)
         assert h.how == 'walk' and h.offset > 300_000
         assert_same(path, h)
+
+
+@pytest.mark.parametrize('syntax', ['explicit', 'implicit'])
+def test_a_long_header_takes_no_memory_for_its_elements(tmp_path, syntax):
+    whole, path = rich_header(tmp_path/'s', syntax).read_bytes(), tmp_path/'long'
+    end = read_header(next((tmp_path/'s').iterdir())).offset - (12 if syntax == 'explicit' else 8)
+    empty = b'\x29\0\x01\x20' + (b'LO\0\0' if syntax == 'explicit' else bytes(4))
+    path.write_bytes(whole[:end] + empty*200_000 + whole[end:])
+    tracemalloc.start()
+    try: h, (_, peak) = read_header(path), tracemalloc.get_traced_memory()
+    finally: tracemalloc.stop()
+    assert h.how == 'walk' and h.offset > 1_600_000 and peak < 4*h.size, peak/h.size
 
 
 def test_enhanced_frames_in_any_order(tmp_path):
