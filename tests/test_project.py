@@ -1,5 +1,5 @@
 "The house itself: what is exported, what is written twice, what an import may touch."
-import configparser, filecmp, re, shutil, subprocess, sys
+import ast, configparser, filecmp, re, shutil, subprocess, sys
 
 import pytest
 
@@ -109,3 +109,23 @@ def test_light_modules_import_neither_torch_nor_anything_optional():
 
 
 def test_everything_imports_without_torchvision_or_extras(): assert imported(['all'], OPTIONAL) == '[]'
+
+
+def defined(path):
+    "Public names that a module defines itself: neither re-exports nor methods patched onto a class"
+    targets = lambda n: n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+    out, public = set(), []
+    for n in ast.parse(path.read_text(encoding='utf-8')).body:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): out.add(n.name)
+        names = {t.id for target in targets(n) for t in ast.walk(target) if isinstance(t, ast.Name)}
+        if names == {'__all__'} and isinstance(n.value, ast.List): public = ast.literal_eval(n.value)
+        out |= names
+    return out & set(public)
+
+
+def test_a_public_name_means_one_thing(root):
+    "What `from jfr2020.all import *` brings must not hang on the order of its imports"
+    owners = {}
+    for path in sorted((root/'jfr2020').rglob('*.py')):
+        for n in defined(path): owners.setdefault(n, []).append(path.stem)
+    assert {n: o for n,o in owners.items() if len(o) > 1} == {'RULES': ['lesions', 'variants']} # of rejection, of scoring
