@@ -179,6 +179,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     LIMIT_FILES=('Above the limits', 'Au-delà des limites'),
     DEFLATE_BOMB=('Above the limits', 'Au-delà des limites'),
     ZIP=('Zip archive', 'Archive zip'),
+    ARCHIVE=('Archive not opened', 'Archive non ouverte'),
     MASK_GRID=('Mask on another grid', 'Masque sur une autre grille'),
     NOT_NIFTI=('Not NIfTI', 'Pas du NIfTI'),
     NOT_LABELS=('Not a mask', 'Pas un masque'),
@@ -205,7 +206,6 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     CONTRAST_HINT=('Contrast hint', 'Indice de contraste'),
     OVERLAP=('Overlapping slices', 'Coupes chevauchantes'),
     GAP=('Gaps between slices', 'Espaces entre coupes'),
-    GAPS=('Gaps between slices', 'Espaces entre coupes'),
     LOSSY=('Lossy compression', 'Compression avec pertes'),
     DERIVED=('Derived image', 'Image dérivée'),
     METAL=('Metal', 'Métal'),
@@ -241,7 +241,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     SAME_LESION=('Same lesion', 'Même lésion'),
     UNREADABLE=('Unreadable', 'Illisible'))
 PROTOCOL = frozenset('''KVP KVP_UNKNOWN KVP_BETWEEN KVP_BEYOND TIN THICKNESS NO_THICKNESS KERNEL NOISE NOT_GATED
-    CONTRAST_HINT OVERLAP GAP GAPS LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
+    CONTRAST_HINT OVERLAP GAP LOSSY DERIVED'''.split()) # codes that say: not the protocol scores are compared on
 
 # %% ../nbs/25a_words.ipynb #f397d62a
 class Words:

@@ -201,7 +201,7 @@ REFUSED = dict(
 
 ACCEPTED = dict(ok='', text_named_dcm='', no_meta='', shuffled_numbers='', reversed_numbers='', absent_numbers='', shuffled_names='',
     other_files='', empty_marker='', with_manifest='', monochrome1='PHOTOMETRIC', numbers_jump='INSTANCE_JUMP',
-    program_preamble='PREAMBLE', thick='OVERLAP', thin='GAPS', derived='DERIVED', rescale_followed='RESCALE_PER_SLICE') # finding
+    program_preamble='PREAMBLE', thick='OVERLAP', thin='GAP', derived='DERIVED', rescale_followed='RESCALE_PER_SLICE') # finding
 
 
 def damaged(folder, case, seed):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jfr2020.errors import DicomSeriesError, LimitError
 from jfr2020.io import header as header_room
 from jfr2020.io.header import TAGS, read_header
+from jfr2020.io.names import TYPED, repeats_name
 from jfr2020.io.series import choose_series, find_series, series_table
 from jfr2020.volume import CTVolume
 
@@ -32,10 +33,11 @@ def by_pydicom(path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         ds = pydicom.dcmread(path, stop_before_pixels=True)
-        out = {}
+        out, who = {}, [str(ds.get(k) or '') for k in ('PatientName', 'PatientID')]
         for k, (tag, vr) in TAGS.items():
             src = ds.file_meta if tag >> 16 == 2 else ds
             if k.startswith('Patient') and k != 'PatientPosition' or vr == 'XS' or tag not in src or src[tag].is_empty: continue
+            if k in TYPED and repeats_name(str(src[tag].value), *who): out[k] = ''; continue # dropped
             out[k] = plain(src[tag].value)
         return out
 
@@ -317,3 +319,165 @@ def test_a_flipped_bit_in_a_header_never_moves_a_slice_or_its_hu(tmp_path):
             hu = stored*h.numbers('RescaleSlope')[0] + h.numbers('RescaleIntercept')[0]
             assert np.abs(hu - ct.data[8]).max() < 1, h
     assert 100 < n['ok'] < 380 and len(n) > 8, n
+
+
+NAME, NUMBER = 'Dupont^Jean Rémy', 'HUG-4711'
+TEXTS = dict(SeriesDescription='CaSc DUPONT J.', ProtocolName='REMY_3.0', StudyDescription='coeur hug-4711', ConvolutionKernel='Jean1',
+             ContrastBolusAgent='pour M. Dupont', BodyPartExamined='DUPONTHEART', FilterType='JEAN')
+
+
+def told(thing): # all that it would tell, in one text
+    text = repr(thing) + ' '.join(map(str, vars(thing).values())) if hasattr(thing, '__dict__') else repr(thing)
+    return text.casefold()
+
+
+@pytest.mark.parametrize('syntax', ['explicit', 'deflated', 'enhanced'])
+def test_a_name_typed_into_other_tags_goes_no_further(tmp_path, syntax):
+    "Planted in every text that a site may fill: not in headers, facts, tables or refusals; harmless texts stay"
+    folder, plant = tmp_path/'s', put(PatientName=NAME, PatientID=NUMBER, SpecificCharacterSet='ISO_IR 192', **TEXTS)
+    if syntax == 'enhanced':
+        folder.mkdir()
+        edit(write_enhanced(volume()[0], folder/'one'), plant)
+    else:
+        for p in write_series(volume()[0], folder, Protocol(syntax=syntax)): edit(p, plant)
+    e, = find_series(folder)
+    assert e.series, e.refusal
+    said = ' '.join(told(o) for o in (e, e.facts, e.series, *e.series.headers, *e.series.findings)) + str(series_table([e]).to_dict())
+    raws = b' '.join(v for h in e.series.headers for k, v in h.raw.items() if k != 'ContrastBolusAgent').decode('latin-1')
+    for word in ('dupont', 'jean', 'remy', 'rémy', '4711'): assert word not in said + raws.casefold(), word
+    assert e.facts.contrast == 'an agent is named' and e.facts.modality == 'CT'
+
+
+def test_texts_without_the_name_stay(tmp_path):
+    for p in write_series(volume()[0], tmp_path/'s'): edit(p, put(PatientName='TAN^LI', PatientID='12', ConvolutionKernel='STANDARD',
+                                                                  SeriesDescription='CaSc 12 Titan'))
+    facts = find_series(tmp_path/'s')[0].facts
+    assert (facts.kernel, facts.description) == ('STANDARD', 'CaSc 12 Titan')
+
+
+def test_a_refusal_does_not_repeat_the_agent(tmp_path):
+    paths = write_series(volume()[0], tmp_path/'s')
+    for p in paths[9:]: edit(p, put(ContrastBolusAgent='for Mrs Martin'))
+    cause = find_series(tmp_path/'s')[0].refusal.cause
+    assert 'ContrastBolusAgent is absent in slice 0 at z=0.00 mm and named in slice 9' in cause and 'Martin' not in cause
+
+
+@pytest.mark.parametrize('value', ['0', '-3', 'nan', 'thick', ''])
+def test_a_thickness_or_voltage_that_is_none_is_not_handed_on(tmp_path, value):
+    raw = lambda ds: [_raw_text(ds, k, value) for k in ('SliceThickness', 'KVP')]
+    for p in write_series(volume()[0], tmp_path/'s'): edit(p, raw)
+    e, = find_series(tmp_path/'s')
+    assert e.verdict == 'ok, NO_THICKNESS' and (e.facts.thickness_mm, e.facts.kvp) == (None, None)
+
+
+def _raw_text(ds, keyword, text):
+    tag, b = pydicom.tag.Tag(keyword), text.encode()
+    ds._dict[tag] = pydicom.dataelem.RawDataElement(tag, 'DS', len(b)+len(b) % 2, b.ljust(len(b)+len(b) % 2), 0, False, True)
+
+
+def test_a_file_is_told_by_its_place_not_by_its_name(tmp_path):
+    "Names such as DUPONT_JEAN_5.dcm in two folders, broken in every way that has a cause of its own"
+    for f in ('MARTIN', 'DURAND'):
+        for k, p in enumerate(write_series(volume()[0], tmp_path/'s'/f, seed=len(f)+ord(f[1]))): p.rename(p.with_name(f'DUPONT_JEAN_{k:02}.dcm'))
+    whole = (tmp_path/'s'/'MARTIN'/'DUPONT_JEAN_05.dcm').read_bytes()
+    broken = dict(cut=whole[:500], empty=b'', preamble=whole[:100], syntax=whole.replace(b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.9.9.9\0', 1),
+                  nowhere=whole.replace(b'\x20\0\x32\0DS', b'\x20\0\x31\0DS'), pixels=whole[:-99])
+    for name, b in broken.items():
+        (tmp_path/'s'/'MARTIN'/'DUPONT_JEAN_05.dcm').write_bytes(b)
+        entries = find_series(tmp_path/'s')
+        refusals = [e.refusal for e in entries if e.refusal]
+        assert len(refusals) == 1 and len(entries) == 2, (name, entries)
+        assert not any(w in str(refusals[0]) for w in ('DUPONT', 'MARTIN', 'DURAND', '.dcm')), refusals
+        if name in ('cut', 'empty', 'preamble'): assert 'file 6 of 24 in folder 2 of 2 (in the order of names)' in refusals[0].cause
+        if name == 'nowhere': assert 'in file 6 of 24' in refusals[0].cause
+
+
+def test_unreadable_files_of_one_input_differ_in_what_is_said(tmp_path):
+    "The same damage in two folders: two entries that can be told apart"
+    for f in 'ab':
+        (tmp_path/f).mkdir()
+        (tmp_path/f/'x').write_bytes(bytes(128) + b'DICM' + b'\2\0\0\0UL')
+    entries = find_series(tmp_path)
+    assert len(entries) == 2 and len({e.refusal.cause for e in entries}) == 2
+
+
+def discs(value, folder):
+    "A small series of one HU"
+    ct = CTVolume(np.full((4, 8, 8), value, 'i2'), GRID.sliced((0, 0, 0), (1, 1, 1), (4, 8, 8)))
+    return write_series(ct, folder, seed=abs(value))
+
+
+@pytest.mark.parametrize('names', [('a.zip', 'b.zip'), ('a', 'b')])
+def test_two_archives_never_share_a_file(tmp_path, names):
+    "Same names and layout, other pixels, one call, with and without a folder to unpack in"
+    import zipfile
+
+    from jfr2020.io.dicom import read_series
+    for value, name in zip((100, 300), names):
+        for k, p in enumerate(discs(value, tmp_path/f'{value}')): p.rename(p.with_name(f'{k}.dcm'))
+        with zipfile.ZipFile(tmp_path/name, 'w') as z:
+            for p in sorted((tmp_path/f'{value}').iterdir()): z.write(p, f'study/{p.name}')
+    for unpack in (None, tmp_path/'out'):
+        entries = find_series([tmp_path/n for n in names], unpack=unpack)
+        assert [int(read_series(e.series).data.max()) for e in entries] == [100, 300]
+        assert all((read_series(e.series).data == v).all() for e, v in zip(entries, (100, 300)))
+
+
+def test_archives_and_volumes_inside_a_folder_are_counted(tmp_path):
+    (tmp_path/'x').mkdir()
+    for n in ('a.zip', 'b.ZIP', 'c.nii.gz', 'd.txt'): (tmp_path/'x'/n).write_bytes(b'x'*200)
+    e, = find_series(tmp_path/'x')
+    assert e.refusal.code == 'NO_DICOM' and '4 files (2 zip archives, 1 NIfTI)' in e.refusal.cause
+    discs(100, tmp_path/'y')
+    (tmp_path/'x'/'a.zip').rename(tmp_path/'y'/'a.zip')
+    assert find_series(tmp_path/'y')[0].verdict == 'ok, ARCHIVE'
+
+
+def test_a_folder_that_cannot_be_listed_is_one_entry(tmp_path, monkeypatch):
+    discs(100, tmp_path/'s'/'b')
+    discs(200, tmp_path/'s'/'c')
+    for n in ('SECRET', 'b/SECRET'): (tmp_path/'s'/n).mkdir()
+    scandir = os.scandir
+    def closed(folder):
+        if os.path.basename(folder) == 'SECRET': raise PermissionError(13, 'Permission denied')
+        return scandir(folder)
+    monkeypatch.setattr(os, 'scandir', closed)
+    entries = find_series(tmp_path/'s')
+    lost = [e.refusal for e in entries if e.refusal]
+    assert sorted(e.verdict for e in entries) == ['UNREADABLE', 'UNREADABLE', 'ok', 'ok']
+    assert len({e.cause for e in lost}) == 2 and all('cannot be listed: Permission denied' in e.cause for e in lost)
+    assert not any('SECRET' in str(e) for e in lost)
+    assert [e.verdict for e in find_series(tmp_path/'s'/'SECRET')] == ['UNREADABLE']
+
+
+def test_what_is_no_file_no_folder_and_no_archive(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    for path in (tmp_path/'pipe', '/dev/null'):
+        e, = find_series(path)
+        assert e.refusal.code == 'UNREADABLE' and 'is not a regular file or folder' in e.refusal.cause
+    import zipfile
+    with zipfile.ZipFile(tmp_path/'empty', 'w'): pass
+    (tmp_path/'corrupt.zip').write_bytes(b'PK\3\4' + bytes(range(200)))
+    (tmp_path/'zero.zip').touch()
+    for name, what in (('empty', 'is empty'), ('corrupt.zip', 'is damaged'), ('zero.zip', 'is damaged')):
+        e, = find_series(tmp_path/name)
+        assert e.refusal.code == 'ZIP' and f'the archive {what}' in e.refusal.cause
+    path = discs(100, tmp_path/'s')[0] # a DICOM file that ends in an archive stays one
+    path.write_bytes(path.read_bytes() + (tmp_path/'empty').read_bytes())
+    assert find_series(path)[0].refusal.code != 'ZIP'
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    import zipfile
+
+    from jfr2020.errors import StoreError
+    from jfr2020.io import files as files_room
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z:
+        for p in discs(100, tmp_path/'s'): z.write(p, p.name)
+    def full(path, mode):
+        f = open(path, mode, buffering=0)
+        f.truncate(10)
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(files_room, 'open', full, raising=False)
+    with pytest.raises(StoreError, match='DISK: .*No space left'): find_series(tmp_path/'a.zip', unpack=tmp_path/'out')
+    assert list((tmp_path/'out').iterdir()) == []

@@ -52,7 +52,9 @@ def sort_slices(
 # %% ../../nbs/08a_io.faults.ipynb #b38bb8dd
 def _place(headers, i):
     p = headers[i].numbers('ImagePositionPatient', 3)
-    return f'slice {i} at z={p[2]:.2f} mm' if p else f'file {headers[i].path.name}'
+    if p: return f'slice {i} at z={p[2]:.2f} mm'
+    paths = sorted({h.path for h in headers})
+    return f'file {paths.index(headers[i].path)+1} of {len(paths)} (in the order of names)'
 
 def _refuse(code, cause, fix='export the series again from the archive'): raise DicomSeriesError(cause, code, fix)
 
@@ -70,7 +72,8 @@ def _same(headers, keyword, fix='export the series again, one reconstruction onl
     seen = [h.get(keyword) for h in headers]
     i = next((i for i,v in enumerate(seen) if v != seen[0]), None)
     if i is None: return
-    text = f'{keyword} is {_show(seen[0])} in {_place(headers, 0)} and {_show(seen[i])} in {_place(headers, i)}'
+    show = _show if keyword != 'ContrastBolusAgent' else lambda v: 'absent' if v is None else 'named'
+    text = f'{keyword} is {show(seen[0])} in {_place(headers, 0)} and {show(seen[i])} in {_place(headers, i)}'
     _refuse(f'VARIES_{keyword}', f'{text}: {len(set(seen))} values in {len(seen)} slices', fix)
 
 def _first_of(headers, *keywords):
@@ -182,8 +185,8 @@ def _check_lengths(headers, need):
 
 def _check_frames(headers, frames):
     "Refuse a multi-frame file without a position for each frame"
-    for path,n in Counter(h.path for h in headers).items():
-        text = f'{frames:g} frames in {path.name}, but positions for {n}'
+    for n in Counter(h.path for h in headers).values():
+        text = f'a file of {frames:g} frames has positions for {n}'
         if n != frames: _refuse('MULTIFRAME', text, 'export single slices')
 
 def check_coding(
@@ -191,7 +194,7 @@ def check_coding(
 ):
     "Refuse pixels that are absent, cut short, or of differing size or coding"
     for i in _first_of(headers, 'Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'BitsAllocated'):
-        check_pixels(headers[i].get, headers[i].path.name)
+        check_pixels(headers[i].get, _place(headers, i))
     for i,h in enumerate(headers):
         if h.offset < 0 or h.remark == 'CUT' or h.syntax not in SYNTAXES: _check_file(headers, i)
     whole = ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation')
@@ -221,12 +224,13 @@ def check_hu(
 # %% ../../nbs/08a_io.faults.ipynb #d7eed329
 def _rescale(h): return h.numbers('RescaleSlope')[0], h.numbers('RescaleIntercept')[0]
 
-def _stored(h):
+def _stored(headers, i):
     "Stored values of a slice, decoded by pydicom"
+    h = headers[i]
     try: a = read_dataset(h.path, pixels=True).pixel_array
     except JfrError: raise
     except Exception as e:
-        raise DicomSeriesError(f'the pixels of {h.path.name} cannot be decoded ({type(e).__name__})',
+        raise DicomSeriesError(f'the pixels of {_place(headers, i)} cannot be decoded ({type(e).__name__})',
                                'UNREADABLE') from e
     return (a[h.frame] if a.ndim == 3 else a).astype(np.float32)
 
@@ -236,7 +240,7 @@ def check_rescale(
     "Refuse a rescale that differs between neighbours while the stored values do not"
     pairs = [i for i in range(1, len(headers)) if _rescale(headers[i]) != _rescale(headers[i-1])]
     for i in pairs:
-        (s,b), (t,c), a, o = _rescale(headers[i]), _rescale(headers[i-1]), _stored(headers[i]), _stored(headers[i-1])
+        (s,b), (t,c), a, o = _rescale(headers[i]), _rescale(headers[i-1]), _stored(headers, i), _stored(headers, i-1)
         own, shared = (float(abs(np.median(v - (o*t+c)))) for v in (a*s+b, a*t+c))
         if own <= shared or float(np.abs(a*(s-t)+(b-c)).max()) < .5: continue
         last, this = (f'{x:g}, {y:g} in {_place(headers, j)}' for x,y,j in ((t, c, i-1), (s, b, i)))
@@ -252,7 +256,7 @@ def check_inverted(
     "Refuse `MONOCHROME1` slices whose stored values are inverted too"
     if headers[0].get('PhotometricInterpretation') != 'MONOCHROME1': return ()
     i = len(headers)//2
-    (s,b), a = _rescale(headers[i]), _stored(headers[i])
+    (s,b), a = _rescale(headers[i]), _stored(headers, i)
     bright = float((a*s+b > 500).mean())
     if bright > .1:
         text = f'MONOCHROME1, and {bright:.0%} of {_place(headers, i)} is above 500 HU: the stored values are inverted'
@@ -363,10 +367,12 @@ def _numbering(headers):
 def _thickness(h, step):
     "Findings about slices thicker or thinner than their distance"
     v = h.numbers('SliceThickness')
-    if v is None: yield Finding('NO_THICKNESS', 'SliceThickness is absent')
+    if v is None or not 0 < v[0] < math.inf:
+        found = _show(h.get('SliceThickness'))
+        yield Finding('NO_THICKNESS', f'SliceThickness is {found}{" mm"*(v is not None)}: it is not used')
     elif v[0] > step*(1+GAP_TOLERANCE): yield Finding('OVERLAP', f'slices are {v[0]:g} mm thick every {step:.4g} mm')
     elif v[0] < step*(1-GAP_TOLERANCE):
-        yield Finding('GAPS', f'slices are {v[0]:g} mm thick every {step:.4g} mm: tissue between them is not seen')
+        yield Finding('GAP', f'slices are {v[0]:g} mm thick every {step:.4g} mm: tissue between them is not seen')
 
 def remarks(
     headers, # of one accepted series, sorted

@@ -6,15 +6,17 @@
 __all__ = ['walk_files', 'unpack_zip', 'input_files', 'check_manifest']
 
 # %% ../../nbs/08_io.files.ipynb #af5d9e3c
-import hashlib, os, stat, tempfile, zipfile
+import hashlib, os, shutil, stat, tempfile, zipfile
 from pathlib import Path
 
 from ..errors import *
+from ..config import *
 from .header import *
 
 # %% ../../nbs/08_io.files.ipynb #214bc8e1
 def walk_files(
     root, # a folder, or one file
+    lost:list=None, # takes a refusal for each sub-folder that cannot be listed; without it the first one is raised
 ):
     "Every regular file at or below `root`, in the order of names; links are followed, each folder once"
     root, seen, n = Path(root), set(), 0
@@ -23,19 +25,31 @@ def walk_files(
     while todo:
         folder = todo.pop()
         try: s, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda e: e.name)
-        except OSError as e: raise DicomSeriesError(f'{folder.name} cannot be listed: {e.strerror}', 'UNREADABLE',
-                                                    'check its name and permissions') from e
+        except OSError as e:
+            if lost is None or folder == root: raise _unlisted('the folder', e) from e
+            lost.append(_unlisted(f'sub-folder {len(seen)+len(lost)} (in the order of the walk)', e))
+            continue
         if (s.st_dev, s.st_ino) in seen: continue
         seen.add((s.st_dev, s.st_ino))
-        todo += [Path(e.path) for e in reversed(entries) if e.is_dir()]
+        todo += [Path(e.path) for e in reversed(entries) if _is(e.is_dir)]
         for e in entries:
-            if not e.is_file(): continue
+            if not _is(e.is_file): continue
             if (n := n+1) > LIMITS.files: raise LimitError(f'more than {LIMITS.files} files', 'LIMIT_FILES',
                                                            'give a part of the tree')
             yield Path(e.path)
 
+def _unlisted(what, e):
+    return DicomSeriesError(f'{what} cannot be listed: {e.strerror}', 'UNREADABLE', 'check its permissions')
+
+def _is(kind): # `is_dir` or `is_file` of an entry; a link to itself is neither
+    try: return kind()
+    except OSError: return False
+
 # %% ../../nbs/08_io.files.ipynb #03410d6a
-def _check_member(m, name):
+def _refuse(cause, fix='unpack it with care and give the folder'):
+    raise LimitError(f'the archive {cause}', 'ZIP', fix)
+
+def _check_member(m):
     "Raise for a member of an archive that is not a plain file with a plain name and an honest size"
     kind, parts = stat.S_IFMT(m.external_attr >> 16), m.filename.replace('\\', '/').split('/')
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR): why = 'is a link or a device'
@@ -44,36 +58,42 @@ def _check_member(m, name):
     elif m.file_size > LIMITS.zip_ratio*max(m.compress_size, 1024):
         why = f'unpacks {m.compress_size} bytes to {m.file_size}, more than {LIMITS.zip_ratio} times'
     else: return
-    raise LimitError(f'a member of {name} {why}', 'ZIP', 'unpack it with care and give the folder')
+    _refuse(f'has a member that {why}')
 
 def unpack_zip(
     path, # a .zip archive
-    folder, # where its files are written, under numbers
+    folder, # where a new folder is made for its files, under numbers
 ) -> list: # of Path
     "Unpack an archive within `LIMITS`; its folders become numbered folders, its files numbered files"
-    name, left, folders, out = Path(path).name, LIMITS.zip_bytes, {}, []
+    try: own = Path(tempfile.mkdtemp(prefix='zip-', dir=make_folder(folder)))
+    except OSError as e: raise disk_error(e, folder) from e
     try:
-        with zipfile.ZipFile(path) as z:
-            members = [m for m in z.infolist() if not m.is_dir()]
-            size = sum(m.file_size for m in members)
-            if len(members) > LIMITS.zip_files or size > LIMITS.zip_bytes:
-                text = f'{name} holds {len(members)} files of {size/2**30:.1f} GiB'
-                most = f'{LIMITS.zip_files} of {LIMITS.zip_bytes/2**30:.1f} GiB'
-                raise LimitError(f'{text}, at most {most} are unpacked', 'ZIP', 'unpack it and give the folder')
-            for m in members: _check_member(m, name)
-            for i,m in enumerate(members):
-                parent = folders.setdefault(os.path.dirname(m.filename), Path(folder)/f'{len(folders):05d}')
-                parent.mkdir(parents=True, exist_ok=True)
-                suffix = Path(m.filename).suffix
-                out.append(parent/(f'{i:06d}' + (suffix if suffix[1:].isalnum() else '')))
-                with z.open(m) as src, open(out[-1], 'wb') as dst:
-                    while block := src.read(1 << 20):
-                        if (left := left-len(block)) < 0: raise LimitError(f'{name} unpacks to more than it says',
-                                                                           'ZIP')
-                        dst.write(block)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, zipfile.zlib.error) as e:
-        raise DicomSeriesError(f'{name} is no archive that can be unpacked ({type(e).__name__})', 'UNREADABLE',
-                               'copy it again') from e
+        with os.fdopen(open_regular(path)[0], 'rb') as f, zipfile.ZipFile(f) as z: return _unpack(z, own)
+    except BaseException as e:
+        shutil.rmtree(own, ignore_errors=True)
+        if isinstance(e, JfrError) or not isinstance(e, Exception): raise
+        if isinstance(e, OSError): raise disk_error(e, own) from e
+        _refuse(f'is damaged, or packed in a way that is not read ({type(e).__name__})', 'copy it again')
+
+def _unpack(z, folder):
+    "Write the members of the open archive `z`"
+    left, folders, out = LIMITS.zip_bytes, {}, []
+    members = [m for m in z.infolist() if not m.is_dir()]
+    size = sum(m.file_size for m in members)
+    if not members: _refuse('is empty', 'give the archive of a CT series')
+    if len(members) > LIMITS.zip_files or size > LIMITS.zip_bytes:
+        most = f'{LIMITS.zip_files} of {LIMITS.zip_bytes/2**30:.1f} GiB'
+        _refuse(f'holds {len(members)} files of {size/2**30:.1f} GiB, at most {most} are unpacked',
+                'unpack it and give the folder')
+    for m in members: _check_member(m)
+    for i,m in enumerate(members):
+        parent, suffix = os.path.dirname(m.filename), Path(m.filename).suffix
+        parent = make_folder(folders.setdefault(parent, folder/f'{len(folders):05d}'))
+        out.append(parent/(f'{i:06d}' + (suffix if suffix[1:].isalnum() else '')))
+        with z.open(m) as src, open(out[-1], 'wb') as dst:
+            while block := src.read(1 << 20):
+                if (left := left-len(block)) < 0: _refuse('unpacks to more than it says')
+                dst.write(block)
     return out
 
 # %% ../../nbs/08_io.files.ipynb #bcdc8cc5
@@ -81,17 +101,28 @@ _KEPT = [] # temporary folders, removed when the program ends
 
 def input_files(
     source, # folder, file or .zip
-    unpack=None, # folder for the files of an archive; a temporary one when absent
+    unpack=None, # folder in which archives are unpacked, each in its own; a temporary one when absent
+    lost:list=None, # takes a refusal for each sub-folder that cannot be listed; without it the first one is raised
 ): # iterable of Path
     "The files of one input: an archive is unpacked, anything else is walked"
     source = Path(source)
-    if source.is_file() and zipfile.is_zipfile(source) and source.suffix.lower() == '.zip':
+    try: mode = os.stat(source).st_mode
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise DicomSeriesError(f'{source.name} does not exist', 'NOT_FOUND', 'check its name') from e
+    except OSError as e:
+        raise DicomSeriesError(f'the input cannot be opened: {e.strerror}', 'UNREADABLE', 'check its name') from e
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DicomSeriesError('the input is not a regular file or folder', 'UNREADABLE', 'give files and folders')
+    if stat.S_ISREG(mode) and _is_zip(source):
         if unpack is None:
             _KEPT.append(tempfile.TemporaryDirectory(prefix='jfr2020-'))
             unpack = _KEPT[-1].name
         return unpack_zip(source, unpack)
-    if not source.exists(): raise DicomSeriesError(f'{source.name} does not exist', 'NOT_FOUND', 'check its name')
-    return walk_files(source)
+    return walk_files(source, lost)
+
+def _is_zip(path): # a DICOM file may end in an archive, and stays a DICOM file
+    if path.suffix.lower() == '.zip': return True
+    with os.fdopen(open_regular(path)[0], 'rb') as f: return f.read(132)[128:] != b'DICM' and zipfile.is_zipfile(f)
 
 # %% ../../nbs/08_io.files.ipynb #3a7fee4a
 def check_manifest(
@@ -101,13 +132,14 @@ def check_manifest(
     for folder in map(Path, sorted({os.path.dirname(p) for p in paths})):
         if not (folder/'manifest.sha256').is_file(): continue
         lines = (folder/'manifest.sha256').read_text(errors='replace')[:64 << 20].splitlines()
-        pairs = (l.split(None, 1) for l in lines if len(l.split(None, 1)) == 2)
-        said = {n.strip(' *'): d.lower() for d,n in pairs if '/' not in n}
-        gone = [n for n in said if not (folder/n).exists()]
+        pairs = ((k, l.split(None, 1)) for k,l in enumerate(lines, 1) if len(l.split(None, 1)) == 2)
+        said = {p[1].strip(' *'): (p[0].lower(), k) for k,p in pairs if '/' not in p[1]}
+        gone = [k for n,(_,k) in said.items() if not (folder/n).exists()]
         if gone:
-            text = f'{len(gone)} files of manifest.sha256 are absent, the first is {gone[0]}'
+            text = f'{len(gone)} files of manifest.sha256 are absent, the first is that of line {gone[0]}'
             raise DicomSeriesError(text, 'MISSING_FILE', 'copy the folder again')
         for p in (p for p in map(Path, paths) if p.parent == folder and p.name in said):
-            if hashlib.sha256(p.read_bytes()).hexdigest() != said[p.name]:
-                text = f'{p.name} is not the file that manifest.sha256 lists'
+            digest, k = said[p.name]
+            if hashlib.sha256(p.read_bytes()).hexdigest() != digest:
+                text = f'a file is not the one that line {k} of manifest.sha256 lists'
                 raise DicomSeriesError(text, 'CHECKSUM', 'copy the folder again')

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import *
+from .names import *
 
 # %% ../../nbs/07_io.header.ipynb #ac803acd
 @dataclass(frozen=True)
@@ -250,21 +251,21 @@ def _fits(layout, b):
 # %% ../../nbs/07_io.header.ipynb #e232670b
 _FLAGS = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) # a pipe does not block
 
-def _bad(path, text, code='UNREADABLE', fix='export it again', kind=DicomSeriesError): # a refusal about one file
-    return kind(f'{Path(path).name} {text}', code, fix)
+def _bad(text, code='UNREADABLE', fix='export it again', kind=DicomSeriesError): # a file's name may be a patient's
+    return kind(f'the file {text}', code, fix)
 
-_too_deep = lambda path: _bad(path, f'nests sequences deeper than {LIMITS.nesting}', 'LIMIT_NESTING', kind=LimitError)
+_too_deep = lambda: _bad(f'nests sequences deeper than {LIMITS.nesting}', 'LIMIT_NESTING', kind=LimitError)
 
 def open_regular(
     path, # a file's name
 ) -> tuple: # (file descriptor, size in bytes); the caller closes it
     "Open a regular file for reading; a pipe or a device is refused without waiting for it"
     try: fd = os.open(path, _FLAGS)
-    except OSError as e: raise _bad(path, f'cannot be opened: {e.strerror}', fix='check its permissions') from e
+    except OSError as e: raise _bad(f'cannot be opened: {e.strerror}', fix='check its permissions') from e
     s = os.fstat(fd)
     if stat.S_ISREG(s.st_mode): return fd, s.st_size
     os.close(fd)
-    raise _bad(path, 'is not a regular file', fix='give files and folders')
+    raise _bad('is not a regular file', fix='give files and folders')
 
 # %% ../../nbs/07_io.header.ipynb #4fbb3563
 def check_pixels(
@@ -276,11 +277,11 @@ def check_pixels(
     most = dict(Rows=LIMITS.rows, Columns=LIMITS.rows, NumberOfFrames=LIMITS.frames, SamplesPerPixel=LIMITS.samples)
     n = one('BitsAllocated', 16)/8
     for k,m in most.items():
-        if not 0 <= one(k, 1) <= m: raise LimitError(f'{name}: {k} is {one(k, 1)}, at most {m} are read', f'LIMIT_{k}')
+        if not 0 <= one(k, 1) <= m: raise LimitError(f'{name} says {k} is {one(k, 1)}, most is {m}', f'LIMIT_{k}')
         n *= one(k, 1)
     if n > LIMITS.decoded_bytes:
         gib = LIMITS.decoded_bytes >> 30
-        raise LimitError(f'{name}: {n/2**30:.1f} GiB of pixels, at most {gib} are read', 'LIMIT_BYTES')
+        raise LimitError(f'{name} has {n/2**30:.1f} GiB of pixels, at most {gib} are read', 'LIMIT_BYTES')
 
 # %% ../../nbs/07_io.header.ipynb #aaa320ce
 def _uid(raw, keyword): return raw.get(keyword, b'').decode('ascii', 'replace').strip(' \0').strip()
@@ -292,11 +293,11 @@ def _inflate(f, path):
     packed, z = b[pos:], zlib.decompressobj(-zlib.MAX_WBITS)
     most = max(LIMITS.deflate_ratio*len(packed), 4 << 20) # what is small when unpacked is no bomb
     try: out = z.decompress(packed, most)
-    except zlib.error as e: raise _bad(path, 'holds a damaged deflated data set') from e
-    if not z.eof and len(out) < most: raise _bad(path, 'holds a deflated data set that ends early', 'TRUNCATED')
+    except zlib.error as e: raise _bad('holds a damaged deflated data set') from e
+    if not z.eof and len(out) < most: raise _bad('holds a deflated data set that ends early', 'TRUNCATED')
     if not z.eof:
         text = f'holds {len(packed)} bytes that unpack to more than {LIMITS.deflate_ratio} times that'
-        raise _bad(path, text, 'DEFLATE_BOMB', 'export it without deflation', LimitError)
+        raise _bad(text, 'DEFLATE_BOMB', 'export it without deflation', LimitError)
     uid = raw['TransferSyntaxUID']
     return io.BytesIO(b[:pos].replace(uid, b'1.2.840.10008.1.2.1'.ljust(len(uid), b'\0')) + out)
 
@@ -312,14 +313,14 @@ def _dataset(path, pixels=False):
         try:
             src = _inflate(f, path) if packed else f
             ds = dcmread(src, stop_before_pixels=not pixels, force=True)
-            check_pixels(lambda k, d: ds.get(k, d), path.name)
+            check_pixels(lambda k, d: ds.get(k, d), 'the file')
             return ds, None if pixels else (src.tell(), src.read(16), len(src.getvalue()) if packed else 0)
         except JfrError: raise
-        except (RecursionError, MemoryError) as e: raise _too_deep(path) from e
+        except (RecursionError, MemoryError) as e: raise _too_deep() from e
         except Exception as e:
             if (uid := _uid(raw, 'TransferSyntaxUID')) and uid not in SYNTAXES:
-                raise _bad(path, f'has the transfer syntax {uid}, which is not read', 'UNSUPPORTED_SYNTAX') from e
-            raise _bad(path, f'cannot be read as DICOM ({type(e).__name__})') from e
+                raise _bad(f'has the transfer syntax {uid}, which is not read', 'UNSUPPORTED_SYNTAX') from e
+            raise _bad(f'cannot be read as DICOM ({type(e).__name__})') from e
 
 def read_dataset(
     path, # a DICOM file
@@ -331,13 +332,6 @@ def read_dataset(
 # %% ../../nbs/07_io.header.ipynb #5bc282a1
 _CODECS = {b'': 'latin-1', b'ISO_IR 6': 'latin-1', b'ISO_IR 100': 'latin-1', b'ISO_IR 192': 'utf-8'} # others: pydicom
 _TEXTS = [k for k,(_,vr) in TAGS.items() if vr in ('LO', 'SH')]
-_KEY = os.urandom(16) # of this process: patients are compared, never known
-
-def _patient(raw, codec):
-    "Take name and number out of `raw`, leaving their keyed hash"
-    who = [raw.pop(k, b'').decode(codec, 'replace').strip(' ^\0') for k in ('PatientName', 'PatientID')]
-    return hash((_KEY, *who))
-
 
 def _encode(value, vr):
     "A pydicom value as the bytes of an explicit little endian file with utf-8 texts"
@@ -373,15 +367,16 @@ def _by_pydicom(path, size, remark):
         try:
             raw = _raw(getattr(ds, 'file_meta', {}), ds)
             frames = _frames(ds) if _uid(raw, 'SOPClassUID') in ENHANCED else ()
-        except (RecursionError, MemoryError) as e: raise _too_deep(path) from e
-        except Exception as e: raise _bad(path, f'cannot be read as DICOM ({type(e).__name__})') from e
+        except (RecursionError, MemoryError) as e: raise _too_deep() from e
+        except Exception as e: raise _bad(f'cannot be read as DICOM ({type(e).__name__})') from e
     implicit, little = ds.original_encoding
     syntax = _uid(raw, 'TransferSyntaxUID') or '1.2.840.10008.1.2' + ('' if implicit else '.1' if little else '.2')
     skip, n = 8 if implicit else 12, -1
     if len(head) < skip: at = -1
     else: n = int.from_bytes(head[skip-4:skip], 'little' if little else 'big'); at += skip
     if unpacked and at > 0: remark, at = ('CUT' if at+n > unpacked else remark), 0
-    return Header(path, size, syntax, 'pydicom', raw, 'utf-8', _patient(raw, 'utf-8'), at, n, (), remark, frames)
+    who = forget_patient(raw, 'utf-8', frames)
+    return Header(path, size, syntax, 'pydicom', raw, 'utf-8', who, at, n, (), remark, frames)
 
 # %% ../../nbs/07_io.header.ipynb #432f0532
 _PROGRAMS = {b'MZ': 'a Windows program', b'\x7fELF': 'a Linux program', b'#!': 'a script',
@@ -421,7 +416,7 @@ def _walk(b):
 
 def _cut(path, raw, size):
     "The refusal of a file that ends inside its header; it remembers the series it belongs to"
-    e = _bad(path, f'ends after {size} bytes, inside its header', 'TRUNCATED', 'export or copy it again')
+    e = _bad(f'ends after {size} bytes, inside its header', 'TRUNCATED', 'export or copy it again')
     e.series = _uid(raw, 'SeriesInstanceUID')
     return e
 
@@ -431,9 +426,9 @@ def _plain(path, fd, b, size):
     while say in ('more', 'end') and len(b) < min(size, LIMITS.header_bytes):
         b = _read_at(fd, min(len(b)*16, size, LIMITS.header_bytes), 0)
         say, raw, syntax, at, n = _walk(b)
-    if say == 'deep': raise _too_deep(path)
+    if say == 'deep': raise _too_deep()
     if say in ('more', 'end') and len(b) < size:
-        raise _bad(path, f'has no pixels in its first {len(b)>>20} MiB', 'LIMIT_HEADER', kind=LimitError)
+        raise _bad(f'has no pixels in its first {len(b)>>20} MiB', 'LIMIT_HEADER', kind=LimitError)
     if say == 'more': raise _cut(path, raw, size)
     remark = next((v for k,v in _PROGRAMS.items() if b.startswith(k)), '') if b[0] else ''
     codec = _CODECS.get(raw.get('SpecificCharacterSet', b'').rstrip(b' \0'))
@@ -441,7 +436,7 @@ def _plain(path, fd, b, size):
     if say == 'defer' or codec is None or odd or _uid(raw, 'SOPClassUID') in ENHANCED:
         return _by_pydicom(path, size, remark)
     if say == 'end': at = n = -1
-    return Header(path, size, syntax, 'walk', raw, codec, _patient(raw, codec), at, n, (), remark)
+    return Header(path, size, syntax, 'walk', raw, codec, forget_patient(raw, codec), at, n, (), remark)
 
 def read_header(
     path, # a file's name
@@ -452,7 +447,7 @@ def read_header(
     try:
         b = os.read(fd, _FIRST)
         if b[128:132] == b'DICM': return _finish(fd, _plain(path, fd, b, size))
-        if size < 132 and not b[:128].strip(b'\0'): raise _bad(path, f'is empty ({size} bytes)', fix='copy it again')
+        if size < 132 and not b[:128].strip(b'\0'): raise _bad(f'is empty ({size} bytes)', fix='copy it again')
         h = _by_pydicom(path, size, '') if b[:2] in _STARTS else None
         return _finish(fd, h) if h and (h.get('SOPClassUID') or h.get('Modality')) else None
     finally: os.close(fd)

@@ -35,8 +35,8 @@ class SeriesFacts:
     columns:int = None # pixels
     pixel_mm:tuple = None # mm, (row, column) spacing
     increment_mm:float = None # mm, distance between neighbouring slices; None when the series was refused
-    thickness_mm:float = None # mm, SliceThickness
-    kvp:float = None # kV
+    thickness_mm:float = None # mm, SliceThickness; None where that is no length
+    kvp:float = None # kV; None where that is no voltage
     kernel:str = '' # reconstruction kernel
     filter:str = '' # X-ray filter
     image_type:tuple = () # values of ImageType
@@ -52,12 +52,12 @@ _WITH = re.compile(r'\b(c?cta|angio\w*|contrast\w*|enhanced|iod\w+|inject?\w*|in
 _WITHOUT = re.compile(r'\b(no|non|without|w/?o|sans|un)[\s_-]*(contrast|enhanced|inj|iv\b)|unenhanced|\bc-')
 
 def contrast_hint(
-    agent, # ContrastBolusAgent, text or None
+    agent, # ContrastBolusAgent, text or None; a text that anybody may type, so it is not repeated
     volume, # ContrastBolusVolume, ml or None
     *texts, # descriptions
 ) -> str: # '' when nothing hints at contrast
     "What in the header speaks for a contrast medium"
-    if agent and str(agent).strip().lower() not in ('none', 'no', 'non', 'without', '0'): return f'agent {agent}'
+    if agent and str(agent).strip().lower() not in ('none', 'no', 'non', 'without', '0'): return 'an agent is named'
     if volume: return f'{volume:g} ml'
     for t in (str(t).lower().replace('_', ' ') for t in texts if t):
         if not _WITHOUT.search(t) and (hit := _WITH.search(t)): return f'description says {hit[0]}'
@@ -71,6 +71,7 @@ def series_facts(
     many = lambda k: tuple(map(str, v)) if isinstance(v := h.get(k, ()), tuple) else (str(v),)
     text = lambda k: '/'.join(many(k))
     one = lambda k: v[0] if (v := h.numbers(k)) and np.isfinite(v[0]) else None
+    positive = lambda k: v if (v := one(k)) and v > 0 else None
     whole = lambda k: None if one(k) is None else int(one(k))
     contrast = contrast_hint(h.get('ContrastBolusAgent'), one('ContrastBolusVolume'), text('SeriesDescription'),
                              text('ProtocolName'))
@@ -79,7 +80,7 @@ def series_facts(
         modality=text('Modality'),
         description=text('SeriesDescription'), protocol=text('ProtocolName'), slices=len(headers), rows=whole('Rows'),
         columns=whole('Columns'), pixel_mm=h.numbers('PixelSpacing',
-                                                     2), thickness_mm=one('SliceThickness'), kvp=one('KVP'),
+                                                     2), thickness_mm=positive('SliceThickness'), kvp=positive('KVP'),
         kernel=text('ConvolutionKernel'), filter=text('FilterType'), image_type=many('ImageType'), contrast=contrast,
         body_part=text('BodyPartExamined'), manufacturer=text('Manufacturer'), model=text('ManufacturerModelName'),
         syntax=SYNTAXES.get(h.syntax, h.syntax), scan_options=many('ScanOptions'), position=text('PatientPosition'))
@@ -144,14 +145,25 @@ class SeriesEntry:
 _DIRECTORY = b'1.2.840.10008.1.3.10' # DICOMDIR: names files, is not followed
 
 def _read_all(files, progress):
-    "(headers, [(path, error)], files read) of all `files`"
-    headers, bad, n = [], [], 0
+    "(headers, [(path, error)], paths of all other files, files read) of all `files`"
+    headers, bad, other, seen, n = [], [], [], Counter(), 0
     for n,path in enumerate(files, 1):
+        seen[path.parent] += 1
         try: h = read_header(path)
-        except DicomSeriesError as e: bad.append((path, e)); h = None
+        except DicomSeriesError as e: bad.append((path, seen[path.parent], e)); h = None
+        else: other += [path]*(h is None)
         if h and not h.raw.get('MediaStorageSOPClassUID', b'').startswith(_DIRECTORY): headers.append(h)
         if progress: progress(n)
-    return headers, bad, n
+    return headers, [(p, _placed(e, p, k, seen)) for p,k,e in bad], other, n
+
+def _placed(e, path, k, seen):
+    "The error `e` of one of many files, with its place in the order of names instead of its name"
+    folders, n = list(seen), seen[path.parent]
+    if len(folders) == n == 1: return e
+    where = f'file {k} of {n}' + f' in folder {folders.index(path.parent)+1} of {len(folders)}'*(len(folders) > 1)
+    new = type(e)(f'{where} (in the order of names) {e.cause.removeprefix("the file ")}', e.code, e.fix)
+    new.series = getattr(e, 'series', '')
+    return new
 
 def _size(path):
     try: return path.stat().st_size
@@ -196,7 +208,8 @@ def _entry(headers, source, bad, fewest):
 def _of_input(source, progress, fewest, unpack):
     "Entries of one input"
     none = lambda e: SeriesEntry('', str(source), None, e, SeriesFacts())
-    try: headers, bad, n = _read_all(input_files(source, unpack), progress)
+    unlisted = [] # sub-folders
+    try: headers, bad, other, n = _read_all(input_files(source, unpack, unlisted), progress)
     except DicomSeriesError as e: return [none(e)]
     groups = {}
     for h in headers:
@@ -205,15 +218,23 @@ def _of_input(source, progress, fewest, unpack):
     out = [_entry(g, str(source), mine[k], fewest) for k,g in groups.items()]
     taken = {p for b in mine.values() for p,_ in b}
     lost = [(p, e) for p,e in bad if p not in taken and (_size(p) >= 132 or n == 1)]
-    out += [none(e) for _,e in lost]
-    return out or [none(DicomSeriesError(f'no DICOM file among {n} files', 'NO_DICOM',
-                                         'give the folder of a CT series'))]
+    out += [none(e) for e in (*(e for _,e in lost), *unlisted)]
+    ends = lambda *suffixes: sum(p.name.lower().endswith(suffixes) for p in other)
+    zips, volumes = ends('.zip'), ends('.nii', '.nii.gz')
+    if zips: out = [_with(e, Finding('ARCHIVE', f'{zips} zip archives beside it were not opened')) for e in out]
+    text = f'no DICOM file among {n} files' + f' ({zips} zip archives, {volumes} NIfTI)'*(zips+volumes > 0)
+    fix = 'give archives and NIfTI files by name' if zips+volumes else 'give the folder of a CT series'
+    return out or [none(DicomSeriesError(text, 'NO_DICOM', fix))]
+
+def _with(entry, finding):
+    s = entry.series
+    return replace(entry, series=replace(s, findings=(*s.findings, finding))) if s else entry
 
 def find_series(
     inputs, # a folder, file or .zip, or several of them
     progress=None, # called with the number of files read so far
     fewest:int=3, # slices that a series needs
-    unpack=None, # folder for the files of an archive; a temporary one when absent
+    unpack=None, # folder in which archives are unpacked, each in its own; a temporary one when absent
 ) -> list: # of SeriesEntry
     "Every series in `inputs`, checked: ready to be read, or refused with its reason"
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)

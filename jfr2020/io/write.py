@@ -96,7 +96,7 @@ def _identity(ct, p, seed): # who is not meant, and what belongs together
     empty = dict.fromkeys(('StudyDate', 'StudyTime', 'AccessionNumber', 'ReferringPhysicianName', 'PatientBirthDate',
                            'PositionReferenceIndicator'), '')
     uids = {k: make_uid(k, seed, *what) for k in ('StudyInstanceUID', 'SeriesInstanceUID', 'FrameOfReferenceUID')}
-    return dict(empty, PatientName=f'SYNTHETIC^{name}', PatientID=name, PatientSex='O', StudyID=str(seed),
+    return dict(empty, PatientName=name, PatientID=name, PatientSex='O', StudyID=str(seed),
                 SpecificCharacterSet='ISO_IR 192', **uids)
 
 def _pixels(ct, storage): # how the numbers are to be read
