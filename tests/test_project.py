@@ -128,4 +128,4 @@ def test_a_public_name_means_one_thing(root):
     owners = {}
     for path in sorted((root/'jfr2020').rglob('*.py')):
         for n in defined(path): owners.setdefault(n, []).append(path.stem)
-    assert {n: o for n,o in owners.items() if len(o) > 1} == {'RULES': ['lesions', 'variants']} # of rejection, of scoring
+    assert {n: o for n,o in owners.items() if len(o) > 1} == {}
