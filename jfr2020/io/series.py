@@ -221,8 +221,8 @@ def _of_input(source, progress, fewest, unpack):
     out += [none(e) for e in (*(e for _,e in lost), *unlisted)]
     ends = lambda *suffixes: sum(p.name.lower().endswith(suffixes) for p in other)
     zips, volumes = ends('.zip'), ends('.nii', '.nii.gz')
-    if zips: out = [_with(e, Finding('ARCHIVE', f'{zips} zip archives beside it were not opened')) for e in out]
-    text = f'no DICOM file among {n} files' + f' ({zips} zip archives, {volumes} NIfTI)'*(zips+volumes > 0)
+    if zips: out = [_with(e, Finding('ARCHIVE', f'zip archives beside it that were not opened: {zips}')) for e in out]
+    text = f'no DICOM file among {n} files' + f' (zip archives: {zips}, NIfTI: {volumes})'*(zips+volumes > 0)
     fix = 'give archives and NIfTI files by name' if zips+volumes else 'give the folder of a CT series'
     return out or [none(DicomSeriesError(text, 'NO_DICOM', fix))]
 
