@@ -428,6 +428,7 @@ def test_archives_and_volumes_inside_a_folder_are_counted(tmp_path):
     for n in ('a.zip', 'b.ZIP', 'c.nii.gz', 'd.txt'): (tmp_path/'x'/n).write_bytes(b'x'*200)
     e, = find_series(tmp_path/'x')
     assert e.refusal.code == 'NO_DICOM' and '4 files (zip archives: 2, NIfTI: 1)' in e.refusal.cause
+    assert find_series(tmp_path/'x'/'c.nii.gz')[0].refusal.cause == 'no DICOM file among 1 files' # was given by name
     discs(100, tmp_path/'y')
     (tmp_path/'x'/'a.zip').rename(tmp_path/'y'/'a.zip')
     assert find_series(tmp_path/'y')[0].verdict == 'ok, ARCHIVE'

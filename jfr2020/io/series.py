@@ -219,7 +219,7 @@ def _of_input(source, progress, fewest, unpack):
     taken = {p for b in mine.values() for p,_ in b}
     lost = [(p, e) for p,e in bad if p not in taken and (_size(p) >= 132 or n == 1)]
     out += [none(e) for e in (*(e for _,e in lost), *unlisted)]
-    ends = lambda *suffixes: sum(p.name.lower().endswith(suffixes) for p in other)
+    ends = lambda *suffixes: sum(p.name.lower().endswith(suffixes) for p in other if p != Path(source))
     zips, volumes = ends('.zip'), ends('.nii', '.nii.gz')
     if zips: out = [_with(e, Finding('ARCHIVE', f'zip archives beside it that were not opened: {zips}')) for e in out]
     text = f'no DICOM file among {n} files' + f' (zip archives: {zips}, NIfTI: {volumes})'*(zips+volumes > 0)
@@ -253,7 +253,8 @@ def series_table(
         mm = tuple(m and round(m, 3) for m in mm)
         rows.append(dict(uid=e.uid, description=f.description, slices=f.slices, spacing_mm=mm, kvp=f.kvp,
                          thickness_mm=f.thickness_mm, kernel=f.kernel, modality=f.modality, contrast=f.contrast,
-                         syntax=f.syntax, verdict=e.verdict, cause=e.refusal.cause if e.refusal else ''))
+                         syntax=f.syntax, verdict=e.verdict, cause=e.refusal.cause if e.refusal else '')
+                    | ({} if e.uid else dict(input=e.input))) # what has no UID is known by where it was found
     return pd.DataFrame(rows)
 
 # %% ../../nbs/09_io.series.ipynb #f566b86e
