@@ -8,7 +8,7 @@ __all__ = ['FINENESS', 'MARK_BYTES', 'outline', 'template', 'Picture', 'jpeg', '
 
 # %% ../nbs/25b_pictures.ipynb #3d88f6f3
 import base64, io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 import numpy as np
@@ -63,7 +63,7 @@ class Picture:
     plane:str # 'axial', 'coronal' or 'sagittal'
     width:float # mm
     height:float # mm
-    image:str # data:image/jpeg;base64,...
+    image:str = field(repr=False) # data:image/jpeg;base64,...
     letters:tuple # sides of the patient: left, right, top, bottom
     marks:tuple = () # of dict: edges, area (SVG paths), colour, text, x, y (of the text), ax, ay (where it points)
     boxes:tuple = () # of (x, y, width, height)
