@@ -23,6 +23,7 @@ from .body import *
 from .heartmodel import *
 from .deposits import *
 from .thorax import *
+from .io.names import *
 from .io.header import *
 from .io.files import *
 from .io.faults import *

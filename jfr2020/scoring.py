@@ -153,7 +153,7 @@ def score_volume(
             thick, kvp = (getattr(facts, k, None) for k in ('thickness_mm', 'kvp'))
             score = calcium_score(ct, found.mask, rule, thickness_mm=thick, kvp=kvp)
     except JfrError as e: return done(refusal=e, findings=tuple(findings))
-    said = {f.code: f for f in (*score.findings, *found.findings, *findings)}.values() # one remark a fact
+    said = {f.code: f for f in (*findings, *found.findings, *score.findings)}.values() # one remark a fact
     return done(score=score, category=risk_category(score.agatston, settings.scheme), box=found.box,
                 cac_drs=cac_drs(score.agatston, score.n_vessels), rejected=found.rejected, findings=tuple(said),
                 mask=_counted(ct, found.mask, rule))
