@@ -17,7 +17,7 @@ export MPLBACKEND = agg
 	touch $@
 
 .venv/dev: .venv/base
-	$(PIP) -e '.[dev,codecs]'
+	$(PIP) -e '.[dev,codecs,compression,streamlines,dicomout]'
 	touch $@
 
 .venv/bench: .venv/dev

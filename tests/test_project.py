@@ -74,7 +74,7 @@ def test_versions_are_stated_once(root, settings):
         assert f'"{settings["version"]}"' not in (root/name).read_text(), name
 
 
-@pytest.mark.parametrize('extra', 'codecs streamlines dicomout comet lightning cluster bench dev'.split())
+@pytest.mark.parametrize('extra', 'codecs compression streamlines dicomout comet lightning cluster bench dev'.split())
 def test_extras_are_declared(settings, extra): assert settings[f'extra_{extra}'].split()
 
 
@@ -94,7 +94,7 @@ for name in {names!r}: importlib.import_module('jfr2020.' + name)
 banned = {banned!r}
 print([m for m in banned if m in sys.modules])
 '''
-OPTIONAL = ['imagecodecs', 'pylibjpeg', 'openjpeg', 'jpeg_ls', 'gdcm', 'trx', 'highdicom', 'comet_ml', 'lightning', 'dask', 'distributed',
+OPTIONAL = ['imagecodecs', 'hdf5plugin', 'pylibjpeg', 'openjpeg', 'jpeg_ls', 'gdcm', 'trx', 'highdicom', 'comet_ml', 'lightning', 'dask', 'distributed',
             'SimpleITK', 'skimage', 'nbdev', 'hypothesis', 'ipywidgets', 'torchvision', 'spacy']
 
 
@@ -105,7 +105,7 @@ def imported(names, banned):
 
 
 def test_light_modules_import_neither_torch_nor_anything_optional():
-    assert imported(LIGHT, OPTIONAL + ['torch', 'fastai', 'pandas', 'matplotlib', 'pydicom', 'scipy', 'nibabel', 'jinja2']) == '[]'
+    assert imported(LIGHT, OPTIONAL + ['torch', 'fastai', 'pandas', 'matplotlib', 'pydicom', 'scipy', 'nibabel', 'h5py', 'jinja2']) == '[]'
 
 
 def test_everything_imports_without_torchvision_or_extras(): assert imported(['all'], OPTIONAL) == '[]'
