@@ -118,26 +118,28 @@ def read_nifti(
 def _header(v, dtype): # -> NIfTI-1 header of a volume
     import nibabel as nib
     A, h = v.geometry.affine[:,[2,1,0,3]], nib.Nifti1Header(endianness='<')
-    h.set_data_dtype(dtype); h.set_data_shape(v.shape[::-1]); h.set_zooms(v.spacing[::-1])
+    more = v.data.shape[3:] # channels: the slowest axis of the file
+    h.set_data_dtype(dtype); h.set_data_shape(v.shape[::-1]+more); h.set_zooms(v.spacing[::-1]+(1.,)*len(more))
     h.set_qform(A, code=1, strip_shears=True); h.set_sform(A, code=1); h.set_xyzt_units('mm')
     h['scl_slope'], h['scl_inter'], h['vox_offset'] = 1, 0, 352
     return h
 
 def write_nifti(
-    v:Volume, # what is written, in its own number type
+    v:Volume, # what is written, in its own number type; the channels of a `FeatureVolume` become the 4th axis
     path:Path, # ends in .nii or .nii.gz; its folder is made if missing
 ) -> Path: # where it is now
     "Write `v` as NIfTI, whole or not at all, with the same bytes every time"
     path = Path(path)
     if not is_nifti(path): raise VolumeFileError(f'NIfTI files end in .nii or .nii.gz, not in {path.suffix!r}', 'NAME')
-    if v.data.ndim != 3: raise VolumeFileError(f'one 3-D volume needed, found {v.data.ndim} axes', 'DIMENSIONS')
     data = as_labels(v.data) if isinstance(v, MaskVolume) and v.data.dtype.itemsize > 4 else v.data
     if data.dtype.str[1:] not in ('u1', 'i1', 'u2', 'i2', 'u4', 'i4', 'f4', 'f8'):
         raise VolumeFileError(f'NIfTI readers do not share the type {data.dtype}', 'TYPE', 'use int16 or float32')
-    data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder('<'))
+    dtype = data.dtype.newbyteorder('<')
     with write_atomic(path, 'wb') as f:
         z = gzip.GzipFile('', 'wb', 4, f, mtime=0) if path.name.lower().endswith('.gz') else f
-        z.write(_header(v, data.dtype).binaryblock + bytes(4)); z.write(data.data)
+        z.write(_header(v, dtype).binaryblock + bytes(4))
+        for part in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:
+            z.write(np.ascontiguousarray(part, dtype).data)
         if z is not f: z.close()
     return path
 
