@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OWN', 'VolumeGroup', 'LinesGroup', 'TableGroup', 'StoreConfig', 'read_store_config', 'load_store_config']
 
-# %% ../../nbs/12b_io.storeconfig.ipynb #14d5713b
+# %% ../../nbs/12b_io.storeconfig.ipynb #4c03ede6
 import difflib, json, re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import *
 
-# %% ../../nbs/12b_io.storeconfig.ipynb #5655bec7
+# %% ../../nbs/12b_io.storeconfig.ipynb #47222c99
 def _bad(where, need, found, fix='correct the config'):
     return ConfigError(f'{where}: {need} needed, found {str(found)[:60]!r}', fix=fix)
 
@@ -64,7 +64,7 @@ def _blocs(v, where): # a number for each axis, or one for all; dwi_ml takes 20 
     if len(v) != 3: raise _bad(where, '1 or 3 whole numbers', list(v))
     return tuple(_number(1, 1000, int)(n, where) for n in v)
 
-# %% ../../nbs/12b_io.storeconfig.ipynb #15b8818b
+# %% ../../nbs/12b_io.storeconfig.ipynb #ce60661e
 OWN = 'own' # reference of a group that has a grid of its own
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class TableGroup:
     name:str # of the group in the store
     files:tuple # one path below the subject's folder
 
-# %% ../../nbs/12b_io.storeconfig.ipynb #e39c707e
+# %% ../../nbs/12b_io.storeconfig.ipynb #12775145
 _CHECKS = dict(
     volume=dict(files=_paths, kind=_one_of('', 'ct', 'mask', 'feature', 'volume'), std_mask=_paths, several=_flag,
                 standardization=_one_of('none', 'all', 'independent', 'per_file'), reference=_text, unit=_text,
@@ -132,9 +132,10 @@ def _check_lines(g, where):
     if len(said) > 1: raise ConfigError(f'{where}: {" and ".join(said)} exclude each other', fix='choose one')
     ways = [k for k in ('connectivity_nb_blocs', 'connectivity_labels') if getattr(g, k)]
     if len(ways) != bool(g.connectivity_matrix):
-        found = ' and '.join(ways) or 'none of them'
-        raise ConfigError(f'{where}: a connectivity matrix needs either connectivity_nb_blocs or connectivity_labels, and '
-                          f'they need a matrix; found {found} with{"" if g.connectivity_matrix else "out"} a matrix')
+        found = (' and '.join(ways) or 'neither') + (' with' if g.connectivity_matrix else ' without') + ' a matrix'
+        raise ConfigError(f'{where}: a connectivity_matrix goes with connectivity_nb_blocs or connectivity_labels, '
+                          f'found {found}')
+
 
 def _group(name, d): # one entry of the config -> its group
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -155,7 +156,7 @@ def _group(name, d): # one entry of the config -> its group
     if kind == 'streamlines': _check_lines(g, name)
     return g
 
-# %% ../../nbs/12b_io.storeconfig.ipynb #a4e64b9a
+# %% ../../nbs/12b_io.storeconfig.ipynb #1283b87b
 @dataclass(frozen=True)
 class StoreConfig:
     "The groups of a store, in the order of the config"
@@ -219,7 +220,7 @@ def read_store_config(
     if not isinstance(groups, dict): raise _bad('config', 'an object of groups', type(groups).__name__)
     return StoreConfig(tuple(_group(k, v) for k,v in groups.items()))
 
-# %% ../../nbs/12b_io.storeconfig.ipynb #7b0d9f15
+# %% ../../nbs/12b_io.storeconfig.ipynb #998da6b1
 def _once(pairs): # JSON objects keep the last of equal keys: say so instead
     names = [k for k,_ in pairs]
     if len(set(names)) < len(names): raise _bad('config', 'each key once', names)
@@ -229,7 +230,7 @@ def _parse(text, suffix):
     if suffix == '.json': return json.loads(text, object_pairs_hook=_once)
     if suffix != '.toml': raise _bad('config', 'a file in .json or .toml', suffix)
     try: import tomllib
-    except ImportError as e: raise ConfigError('reading TOML needs Python 3.11 or later', fix='write it as JSON') from e
+    except ImportError as e: raise ConfigError('TOML needs Python 3.11 or later', fix='write it as JSON') from e
     return tomllib.loads(text)
 
 def load_store_config(
