@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'SAME_MM', 'BLOCK', 'ROWS', 'LEAST_STD', 'NiftiHead', 'nifti_head', 'channel_stream', 'corner_mm',
            'check_same_space', 'read_channels', 'channel_moments', 'standard_numbers', 'standardise', 'unstandardise']
 
-# %% ../../nbs/11a_io.channels.ipynb #8ae65039
+# %% ../../nbs/11a_io.channels.ipynb #cdf0da1a
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..volume import *
 from .nifti import *
 from .nifti import _load_nifti, _nifti_affine, AGAIN
 
-# %% ../../nbs/11a_io.channels.ipynb #e3a3e816
+# %% ../../nbs/11a_io.channels.ipynb #ad0bd477
 @dataclass(frozen=True, eq=False)
 class NiftiHead:
     "What a NIfTI file says of its voxels, which are not read yet"
@@ -56,8 +56,8 @@ def nifti_head(
     return NiftiHead(Path(path), Geometry(shape[2::-1], A[:,[2,1,0,3]]), many[0] if many else 0, kind,
                      (float(img.dataobj.slope), float(img.dataobj.inter)), offset, packed)
 
-# %% ../../nbs/11a_io.channels.ipynb #20ba839d
-PIECE = 1<<18 # compressed bytes read at once
+# %% ../../nbs/11a_io.channels.ipynb #259fa069
+PIECE = 1<<16 # compressed bytes read at once
 
 class _Bytes: # the unpacked bytes of a file, read in order
     def __init__(self, f, packed): self.f, self.z, self.rest = f, zlib.decompressobj(31) if packed else None, b''
@@ -108,7 +108,7 @@ def _scaled(raw, head):
     if not head.plain: raw = raw.astype('f8')*head.scale[0] + head.scale[1]
     with np.errstate(over='ignore'): return raw.astype('f4', copy=False)
 
-# %% ../../nbs/11a_io.channels.ipynb #52a1da0e
+# %% ../../nbs/11a_io.channels.ipynb #30646034
 SAME_MM = 1e-3 # mm at the corners; NIfTI's own rounding is below it
 BLOCK = 16 # channels that wait to be put side by side
 
@@ -155,7 +155,7 @@ def read_channels(
             if n == len(block) or c+n == total: _beside(out, block, c, n); c, n = c+n, 0
     return FeatureVolume(out.reshape(*grid.shape, total), grid), counts
 
-# %% ../../nbs/11a_io.channels.ipynb #67363581
+# %% ../../nbs/11a_io.channels.ipynb #1faff28e
 ROWS = 1<<13 # voxels looked at together
 
 def channel_moments(
@@ -176,7 +176,7 @@ def channel_moments(
         mean += (own-mean)*(k/(n+k)); n += k
     return n, mean, m2
 
-# %% ../../nbs/11a_io.channels.ipynb #bbb1a1c4
+# %% ../../nbs/11a_io.channels.ipynb #9a1e9c08
 LEAST_STD = 1e-6 # as in dwi_ml: below it a channel is taken as constant
 
 def standard_numbers(
