@@ -139,12 +139,14 @@ def _window(v, window): # the window that was asked for, else the type's own
 
 # %% ../nbs/02a_view.ipynb #58ae8a53
 def _draw(ax, u, m, plane, i, w, boxes, ticks=True): # one plane of an upright volume on `ax`
+    from matplotlib.patheffects import withStroke
     r,c,extent,letters = _frame(u.geometry, plane)
     ax.imshow(_cut(u, plane, i), cmap='gray', vmin=w.low, vmax=w.high, extent=extent)
     if m is not None: ax.imshow(_paint(_cut(m, plane, i)), extent=extent, interpolation='nearest')
     _draw_boxes(ax, u.geometry, plane, i, boxes)
+    dark = [withStroke(linewidth=2, foreground='k')] # letters can be read over bone too
     for (x,y),t in zip([(.02,.5), (.98,.5), (.5,.02), (.5,.98)], letters):
-        ax.text(x, y, t, transform=ax.transAxes, color='#ffd60a', fontsize=8, weight='bold',
+        ax.text(x, y, t, transform=ax.transAxes, color='#ffd60a', fontsize=8, weight='bold', path_effects=dark,
                 ha={.02: 'left', .98: 'right'}.get(x, 'center'), va={.02: 'bottom', .98: 'top'}.get(y, 'center'))
     k = PLANES[plane]
     ax.set_title(f'{plane} {"zyx"[k]} = {_axis(u.geometry, k)[0](i):.0f} mm', fontsize=8)
