@@ -1,6 +1,7 @@
 "The diffusion phantom: harmonics against scipy, volumes against the lines they come from, any grid, any order of making."
 import itertools
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 from scipy.special import factorial, lpmv
 
 from jfr2020.dwi import arc_bundle, dwi_phantom, fibre_harmonics, sh_basis, sh_degrees, sphere_points
-from jfr2020.errors import ConfigError
+from jfr2020 import dwicohort
+from jfr2020.dwicohort import DWI_FILES, DWI_TRACTS, SUBJECTS_FOLDER, write_dwi_cohort, write_dwi_subject
+from jfr2020.errors import ConfigError, StoreError
 from jfr2020.geometry import Geometry
 from jfr2020.streamlines import Streamlines
 
@@ -146,3 +149,44 @@ def test_what_cannot_be_is_refused(bad):
 
 def test_a_head_without_room_says_so_soon():
     with pytest.raises(ConfigError, match='larger volume'): dwi_phantom((2, 40, 40))
+
+
+SMALL = dict(shape=(12, 16, 16), spacing=(7, 6, 6), n_lines=25, order=2, n_bundles=3)
+
+
+def test_another_reader_sees_volumes_and_lines_of_an_oblique_head_at_the_same_place(tmp_path):
+    case = dwi_phantom(n_lines=30, order=2, geometry=oblique(5, (12, 15, 18)))
+    folder = write_dwi_subject(case, tmp_path/'one')
+    for name, file in DWI_FILES.items():
+        img, v = nib.load(folder/file), getattr(case, name)
+        axes = (2, 1, 0, 3)[:v.data.ndim]
+        assert np.array_equal(np.asarray(img.dataobj).transpose(axes), v.data), name
+        assert np.allclose(img.affine[:, [2, 1, 0, 3]], v.geometry.affine, atol=1e-4)
+    trk = nib.streamlines.load(folder/DWI_TRACTS)
+    assert np.allclose(trk.streamlines.get_data(), case.streamlines.points, atol=1e-3)
+    assert np.array_equal(trk.tractogram.data_per_streamline['bundle_id'], case.streamlines.per_line['bundle_id'])
+    tck = nib.streamlines.load((folder/DWI_TRACTS).with_suffix('.tck'))
+    assert np.array_equal(tck.streamlines.get_data(), case.streamlines.points)
+
+
+def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def test_the_same_seed_writes_the_same_bytes_and_subjects_do_not_depend_on_how_many(tmp_path):
+    write_dwi_cohort(tmp_path/'a', 3, seed=4, **SMALL)
+    write_dwi_cohort(tmp_path/'b', 3, seed=4, **SMALL)
+    write_dwi_cohort(tmp_path/'c', 1, seed=4, **SMALL)
+    a, b, c = (files(tmp_path/k) for k in 'abc')
+    assert a == b and len(a) == 3*8+4
+    assert all(a[k] == v for k, v in c.items() if k.startswith(SUBJECTS_FOLDER)) and c['testing.txt'] == b''
+    one, two = (a[f'{SUBJECTS_FOLDER}/sub-0{k}/{DWI_TRACTS}'] for k in (1, 2))
+    assert one != two
+
+
+def test_a_subject_is_whole_or_absent_and_the_rest_can_be_written_again(tmp_path, monkeypatch):
+    def no_room(*a): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(dwicohort, 'write_tractogram', no_room)
+    with pytest.raises(StoreError, match='No space left') as e: write_dwi_cohort(tmp_path, 2, **SMALL)
+    assert e.value.code == 'DISK' and list((tmp_path/SUBJECTS_FOLDER).iterdir()) == []
+    monkeypatch.undo()
+    assert [r['list'] for r in write_dwi_cohort(tmp_path, 2, **SMALL)] == ['training', 'validation']
