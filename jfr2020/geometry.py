@@ -97,6 +97,12 @@ class Geometry:
         shape = np.maximum(1, np.round(np.array(self.shape)/step)).astype(int)
         return self.sliced((step-1)/2, step, shape)
 
+    def map_from(self,
+        other:'Geometry', # another grid
+    ) -> np.ndarray: # (4,4), (d,h,w,1) of `other` -> (d,h,w,1) of this grid
+        "Where the voxels of `other` lie on this grid"
+        return np.linalg.inv(self.affine) @ other.affine
+
     def matches(self,
         other:'Geometry', # another grid
         tol:float=1e-3, # mm, at the grid's corners
