@@ -16,9 +16,9 @@ from ..errors import *
 from .shard import open_hdf5
 
 # %% ../../nbs/13d_io.untrusted.ipynb #96a706e9
-MAX_ARRAY_BYTES,MAX_CHUNK_BYTES,MAX_ATTRIBUTE_BYTES = 16<<30,256<<20,1<<20 # of a data set, a chunk, an attribute; unpacked
+MAX_ARRAY_BYTES,MAX_CHUNK_BYTES,MAX_ATTRIBUTE_BYTES = 16<<30,256<<20,1<<20 # of a data set, a chunk, an attribute
 MAX_MEMBERS,MAX_NAME = 200_000,200 # of a group; characters
-KNOWN_FILTERS = {1: 'gzip', 2: 'shuffle', 3: 'fletcher32', 32000: 'lzf'} # HDF5's numbers; h5py reads them without a plugin
+KNOWN_FILTERS = {1: 'gzip', 2: 'shuffle', 3: 'fletcher32', 32000: 'lzf'} # by HDF5's numbers; read without a plugin
 _AGAIN = 'make or copy the file again'
 _RATIO = 1040 # best that deflate can reach
 
@@ -57,16 +57,16 @@ def _claim(d, where): # data set -> bytes it holds on disk; refuses what is clai
     return held
 
 # %% ../../nbs/13d_io.untrusted.ipynb #74475653
-def _plain(value, where): # an attribute -> text, number, numeric array, or tuple of texts
+def _plain(value, where): # an attribute -> text, number, or array of either
     import h5py
     if isinstance(value, bytes): value = value.decode('utf-8', 'strict')
     if isinstance(value, h5py.Empty): return ''
     if isinstance(value, str): return value
     a = np.asarray(value)
     if a.dtype.kind in 'biuf': return a if a.ndim else a[()]
-    if a.dtype.kind == 'S': return tuple(b.decode('utf-8') for b in a.ravel().tolist())
-    if a.dtype.kind == 'O' and all(isinstance(o, (str, bytes)) for o in a.ravel()):
-        return tuple(o.decode('utf-8') if isinstance(o, bytes) else o for o in a.ravel())
+    if a.dtype.kind in 'OS' and all(isinstance(o, (str, bytes)) for o in a.ravel().tolist()):
+        texts = [o.decode('utf-8') if isinstance(o, bytes) else o for o in a.ravel().tolist()]
+        return np.array(texts, dtype=str).reshape(a.shape)
     raise _refuse(where, f'an attribute holds {a.dtype}, neither text nor numbers', 'OBJECT')
 
 class UntrustedFile:
@@ -93,7 +93,8 @@ class UntrustedFile:
                 if not isinstance(o, h5py.Group): raise _refuse(where, 'lies in what is not a group')
                 if '/' in name or name not in o: raise _refuse(where, 'is missing', 'MISSING')
                 kind = type(o.get(name, getlink=True)).__name__
-                if kind != 'HardLink': raise _refuse(where, f'is a link elsewhere ({kind}), which is not followed', 'LINK')
+                if kind != 'HardLink':
+                    raise _refuse(where, f'is a link elsewhere ({kind}), which is not followed', 'LINK')
                 o = o[name]
         return o
 
@@ -118,7 +119,7 @@ class UntrustedFile:
 
     def attrs(self,
         *path:str, # of a group or data set; none: the root
-    ) -> dict: # name -> str, number, numeric array, or tuple of str
+    ) -> dict: # name -> text, number, or array of either
         "Attributes, text and numbers only"
         o, out, where = self._at(path), {}, '/'.join(path)
         with _clear(where):
@@ -166,7 +167,8 @@ class UntrustedFile:
             found.update(np.ascontiguousarray(a).data)
             yield i,a.astype(a.dtype.newbyteorder('='), copy=False)
         want = self.attrs(*path).get('jfr2020_sha256')
-        if want not in (None, found.hexdigest()): raise _refuse(where, 'its numbers are not those that were written', 'DAMAGED')
+        if want not in (None, found.hexdigest()):
+            raise _refuse(where, 'its numbers are not those that were written', 'DAMAGED')
 
     def array(self,
         *path:str, # of a data set
@@ -175,6 +177,7 @@ class UntrustedFile:
     ) -> np.ndarray: # native byte order
         "A data set whole"
         d = self.dataset(*path, kinds=kinds, ndim=ndim)
+        if d.shape == (): return np.asarray(d[()])
         out = np.empty(d.shape, d.dtype.newbyteorder('='))
         for i,a in self.slabs(*path, kinds=kinds, ndim=ndim): out[i:i+len(a)] = a
         return out
