@@ -32,6 +32,7 @@ def _table(values, n, what, per): # -> read-only (n,k) numbers
     a = np.asarray(values)
     a = (a[:,None] if a.ndim == 1 else a).view()
     if a.dtype.kind not in 'biuf': raise GeometryError(f'{what} must be numbers, got {a.dtype}')
+    if 0 in a.shape[1:]: raise GeometryError(f'{what} needs a column or more, got shape {a.shape}')
     if a.ndim != 2 or len(a) != n:
         raise GeometryError(f'{what} needs {n} rows, one a {per}, got shape {np.shape(values)}')
     a.flags.writeable = False
