@@ -30,6 +30,7 @@ from .categories import *
 from .clicks import *
 from .lesions import *
 from .case import *
+from .io.seg import *
 
 # %% ../nbs/29_scoring.ipynb #f739af99
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ScoreSettings:
     connectivity:int=8 # of a lesion in its slice, 8 or 4
     min_area_mm2:float=1. # mm2, smallest lesion of a slice
     kvp_table:bool=False # threshold and weights of the tube voltage instead of those for 120 kV
-    mask:str=None # path of a mask: exactly this is scored
+    mask:str=None # path of a mask (NIfTI, NRRD, DICOM SEG): exactly this is scored
     clicks:str=None # path of a JSON of points: a lesion grows from each
 
     def __post_init__(self):
@@ -94,9 +95,9 @@ class Found:
     rejected:tuple=() # candidates that are not coronary calcium
     findings:tuple=() # of Finding
 
-def _by_marks(ct, settings, rule): # a reader's mask or clicks
+def _by_marks(ct, settings, rule, facts): # a reader's mask or clicks
     if settings.mask:
-        mask = read_mask(settings.mask)
+        mask = read_seg(settings.mask, ct, facts) if is_dicom(settings.mask) else read_mask(settings.mask)
         if not mask.geometry.matches(ct.geometry, tol=.1):
             found = f'the mask is on {mask.geometry!r}, the scan on {ct.geometry!r}'
             raise GeometryError(found, 'MASK_GRID', 'resample the mask onto the scan')
@@ -120,7 +121,7 @@ def find_lesions(
     "Where the calcium of `ct` is: as a reader marked it, everywhere, or by anatomy and rules"
     if settings.region == 'all' and not (settings.mask or settings.clicks):
         return Found(MaskVolume(np.full(ct.shape, len(VESSELS), np.uint8), ct.geometry))
-    marks = _by_marks(ct, settings, rule) if settings.mask or settings.clicks else None
+    marks = _by_marks(ct, settings, rule, facts) if settings.mask or settings.clicks else None
     with (Clock() if clock is None else clock)('heart'):
         try: anatomy = find_anatomy(ct); box = find_heart(ct, anatomy)
         except JfrError as e:
