@@ -109,10 +109,10 @@ class StoredSubject:
         if f is not None and self._pid == os.getpid(): return f
         self.close()
         f = open_shard(self.path, self.name)
-        content = f.attrs.get('content')
+        content = plain_attr(f.attrs.get('content', ''))
         if self._content not in (None, content):
             raise StoreError(f'{self.name}: the file was replaced while in use', 'REPLACED', 'open the store again')
-        self._content, self.name = content, f.attrs['subject']
+        self._content, self.name = content, plain_attr(f.attrs['subject'])
         self._map, self._pid, self._file = map_file(f), os.getpid(), f
         return f
 
@@ -167,7 +167,7 @@ class StoredSubject:
     ) -> 'Volume': # of the type that was written
         "A volume at its place in the patient"
         d = self.find('volumes', name)
-        kind = d.attrs['kind']
+        kind = plain_attr(d.attrs['kind'])
         if kind not in KINDS:
             raise StoreError(f'{self.name}: {name} is a {kind!r:.40}, known are {", ".join(KINDS)}', 'SCHEMA')
         a = map_set(d, self.bytes_mapped) if mmap else None
@@ -186,7 +186,7 @@ class StoredSubject:
         "A table with its columns in the order written"
         import pandas as pd
         g = self.find('tables', name)
-        return pd.DataFrame({c: _column(g[c]) for c in g.attrs['columns']})
+        return pd.DataFrame({c: _column(g[c]) for c in plain_attr(g.attrs['columns'])})
 
     def attrs(self,
         name:str=None, # of any group; the subject itself when absent
@@ -196,16 +196,12 @@ class StoredSubject:
         if not at:
             have = ', '.join(self.volumes+self.streamline_groups+self.tables) or 'nothing'
             raise StoreError(f'{self.name}: no {name!r:.60}, there are: {have}', 'NO_GROUP')
-        return {k: _said(v) for k,v in self.h5[at[0]].attrs.items() if k not in ('sha256', 'content')}
+        return {k: plain_attr(v) for k,v in self.h5[at[0]].attrs.items() if k not in ('sha256', 'content')}
 
     def __repr__(self):
         have = dict(volumes=self.volumes, lines=self.streamline_groups, tables=self.tables)
         parts = [f'{k} {", ".join(v)}' for k,v in have.items() if v]
         return f'StoredSubject {self.name}: ' + ('; '.join(parts) or 'empty')
-
-def _said(v): # attribute -> plain number, text, list of text or array
-    if isinstance(v, np.ndarray) and v.dtype.kind == 'O': return v.tolist()
-    return v.item() if isinstance(v, np.generic) else v
 
 def _column(d): # data set -> numbers or text
     a = read_set(d)
