@@ -162,11 +162,12 @@ def write_pdf_object(
     series:DicomSeries, # that it was scored from
     path:Path, # of the DICOM file
     lang:str='en', # 'en' or 'fr'
+    pdf:bytes=None, # of `case_pdf`, where it is there already
 ) -> Path:
     "Write the PDF of a case as a DICOM object of its study"
     from pydicom.dataset import Dataset
     _checked(case, series)
-    pdf, title = case_pdf(case, lang), Dataset()
+    pdf, title = pdf or case_pdf(case, lang), Dataset()
     title.CodeValue, title.CodingSchemeDesignator, title.CodeMeaning = '126000', 'DCM', 'Imaging Measurement Report'
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK_MM', 'DEEP_MM', 'CONTRAST_HU', 'BRIGHT_PART', 'METAL_HU', 'METAL_MM3', 'TOP_HU', 'LEAST_HEART_MM', 'NOISE_HU',
-           'NOISE_LIMIT_HU', 'THICKNESS_MM', 'FULL_CHEST_MM', 'Blood', 'blood', 'is_sharp_kernel', 'check_scoreable']
+           'NOISE_LIMIT_HU', 'THICKNESS_MM', 'FULL_CHEST_MM', 'Blood', 'blood', 'is_sharp_kernel', 'check_voltage',
+           'check_scoreable']
 
 # %% ../nbs/21a_scoreable.ipynb #12626cbe
 import re
@@ -117,15 +118,22 @@ def is_sharp_kernel(
     if siemens: return int(siemens[1]) >= 55
     return any(w in s for w in ('LUNG','BONE','EDGE','DETAIL')) or s in ('D','E','L','YA','YB','YC','YD','YE')
 
+def check_voltage(
+    facts, # `SeriesFacts` of the headers; None where there are none (NIfTI)
+) -> tuple: # of `Finding`
+    "What must stand beside any score of a scan whose tube voltage is not known"
+    if 0 < (getattr(facts, 'kvp', None) or 0) < np.inf: return ()
+    return (Finding('KVP_UNKNOWN', 'tube voltage is not known: the usual threshold assumes 120 kV'),)
+
 def _protocol(ct, facts):
-    kvp, kernel, mm = (getattr(facts, k, None) for k in ('kvp','kernel','thickness_mm'))
-    known, (lo,hi), every = lambda x: 0 < (x or 0) < np.inf, THICKNESS_MM, ct.spacing[0]
-    if not known(mm):
+    kernel, mm = (getattr(facts, k, None) for k in ('kernel','thickness_mm'))
+    (lo,hi), every = THICKNESS_MM, ct.spacing[0]
+    if not 0 < (mm or 0) < np.inf:
         said = f'slice thickness is not known, nor whether slices overlap: taken for their distance, {every:.3g} mm'
         yield Finding('NO_THICKNESS', said); mm = every
     if not lo-.05 <= mm <= hi+.05:
         yield Finding('THICKNESS', f'slices of {mm:.3g} mm, not {lo:g} or {hi:g} mm: scores are not comparable')
-    if not known(kvp): yield Finding('KVP_UNKNOWN', 'tube voltage is not known: the usual threshold assumes 120 kV')
+    yield from check_voltage(facts)
     if kernel and is_sharp_kernel(kernel):
         yield Finding('KERNEL', f'kernel {kernel} sharpens edges: calcium and noise read higher')
     length, field, _ = (n*s for n,s in zip(ct.shape, ct.spacing))

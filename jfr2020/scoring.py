@@ -120,7 +120,8 @@ def find_lesions(
 ) -> Found:
     "Where the calcium of `ct` is: as a reader marked it, everywhere, or by anatomy and rules"
     if settings.region == 'all' and not (settings.mask or settings.clicks):
-        return Found(MaskVolume(np.full(ct.shape, len(VESSELS), np.uint8), ct.geometry))
+        every = MaskVolume(np.full(ct.shape, len(VESSELS), np.uint8), ct.geometry)
+        return Found(every, findings=check_voltage(facts))
     marks = _by_marks(ct, settings, rule, facts) if settings.mask or settings.clicks else None
     with (Clock() if clock is None else clock)('heart'):
         try: anatomy = find_anatomy(ct); box = find_heart(ct, anatomy)

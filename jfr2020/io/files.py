@@ -66,14 +66,19 @@ def unpack_zip(
 ) -> list: # of Path
     "Unpack an archive within `LIMITS`; its folders become numbered folders, its files numbered files"
     try: own = Path(tempfile.mkdtemp(prefix='zip-', dir=make_folder(folder)))
-    except OSError as e: raise disk_error(e, folder) from e
+    except OSError as e: raise _no_room(path, e) from e
     try:
         with os.fdopen(open_regular(path)[0], 'rb') as f, zipfile.ZipFile(f) as z: return _unpack(z, own)
     except BaseException as e:
         shutil.rmtree(own, ignore_errors=True)
+        if isinstance(e, StoreError) and isinstance(e.__cause__, OSError): e = e.__cause__
         if isinstance(e, JfrError) or not isinstance(e, Exception): raise
-        if isinstance(e, OSError): raise disk_error(e, own) from e
+        if isinstance(e, OSError): raise _no_room(path, e) from e
         _refuse(f'is damaged, or packed in a way that is not read ({type(e).__name__})', 'copy it again')
+
+def _no_room(path, e): # the archive is named as it was given, not the temporary folder it is unpacked into
+    name, said = plain_text(Path(path).name), disk_error(e, path)
+    return StoreError(f'cannot unpack {name}: {e.strerror or type(e).__name__}', said.code, said.fix)
 
 def _unpack(z, folder):
     "Write the members of the open archive `z`"
@@ -89,7 +94,7 @@ def _unpack(z, folder):
     for i,m in enumerate(members):
         parent, suffix = os.path.dirname(m.filename), Path(m.filename).suffix
         parent = make_folder(folders.setdefault(parent, folder/f'{len(folders):05d}'))
-        out.append(parent/(f'{i:06d}' + (suffix if suffix[1:].isalnum() else '')))
+        out.append(parent/(f'{i:06d}' + (suffix if suffix[1:].isalnum() and len(suffix) < 9 else '')))
         with z.open(m) as src, open(out[-1], 'wb') as dst:
             while block := src.read(1 << 20):
                 if (left := left-len(block)) < 0: _refuse('unpacks to more than it says')
@@ -115,7 +120,8 @@ def input_files(
         raise DicomSeriesError('the input is not a regular file or folder', 'UNREADABLE', 'give files and folders')
     if stat.S_ISREG(mode) and _is_zip(source):
         if unpack is None:
-            _KEPT.append(tempfile.TemporaryDirectory(prefix='jfr2020-'))
+            try: _KEPT.append(tempfile.TemporaryDirectory(prefix='jfr2020-'))
+            except OSError as e: raise _no_room(source, e) from e
             unpack = _KEPT[-1].name
         return unpack_zip(source, unpack)
     return walk_files(source, lost)
