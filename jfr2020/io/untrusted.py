@@ -30,7 +30,7 @@ def quoted(
     return text if len(text) <= 60 else text[:56] + "..." + text[0]
 
 def _refuse(where, cause, code='FOREIGN', fix=_AGAIN): # where: path inside the file
-    return StoreError(f'{quoted(where)} of the file: {cause}', code, fix)
+    return StoreError(f'{quoted(where or "/")} of the file: {cause}', code, fix)
 
 @contextmanager
 def _clear(where): # what HDF5 says about damage, in one line of ours
@@ -125,7 +125,7 @@ class UntrustedFile:
         with _clear(where):
             for k in o.attrs:
                 a = o.attrs.get_id(k)
-                if a.get_storage_size() > MAX_ATTRIBUTE_BYTES:
+                if a.shape and 0 not in a.shape and a.get_storage_size() > MAX_ATTRIBUTE_BYTES:
                     raise _refuse(where, f'attribute {quoted(k)} is too long', 'LIMIT')
                 if a.dtype.kind not in 'biufSO':
                     raise _refuse(where, f'attribute {quoted(k)} holds {a.dtype}', 'OBJECT')
