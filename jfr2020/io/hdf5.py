@@ -52,7 +52,7 @@ REBUILD = 'rebuild it: jfr2020 store check --reindex'
 
 def read_index(
     folder:Path, # a store
-) -> dict: # schema, subjects: name -> entry, lists
+) -> dict: # schema, subjects: name -> entry, lists, left_out: file -> why
     "What `index.json` says, or the `StoreError` that says why it cannot be trusted"
     try: return unsealed((Path(folder)/'index.json').read_bytes())
     except FileNotFoundError as e: raise StoreError('index.json is missing', 'NO_INDEX', REBUILD) from e
@@ -70,10 +70,11 @@ def write_index(
     folder:Path, # a store
     subjects:dict, # name -> entry
     lists:dict, # training, validation, testing -> names
+    left_out:dict=None, # file name -> why it is not in the index
 ):
     "Write `index.json` whole"
     with write_atomic(Path(folder)/'index.json', 'wb') as f:
-        f.write(sealed(dict(schema=STORE_SCHEMA, subjects=subjects, lists=lists)))
+        f.write(sealed(dict(schema=STORE_SCHEMA, subjects=subjects, lists=lists, left_out=left_out or {})))
 
 def write_lists(
     folder:Path, # a store
@@ -129,7 +130,8 @@ class StoreWriter:
         if n: self.findings.append(Finding('SWEPT', f'{n} unfinished files of an earlier run removed'))
         if not (f/'index.json').exists(): write_index(f, {}, {})
         index = read_index(f)
-        self._index, self._lists, self._changes = index['subjects'], read_lists(f, index), Journal(f/'changes.jsonl')
+        self._index, self._left_out, self._lists = index['subjects'], index.get('left_out', {}), read_lists(f, index)
+        self._changes = Journal(f/'changes.jsonl')
         self._dirty = self._finish_changes() | self._adopt()
 
     def _finish_changes(self) -> bool: # what an earlier writer announced
@@ -140,17 +142,18 @@ class StoreWriter:
         return self._changes.path.exists()
 
     def _adopt(self) -> bool: # files that have their name, but are not in the index
-        known, before = {e['file'] for e in self._index.values()}, len(self._index)
+        known, before, self._left_out = {e['file'] for e in self._index.values()}, self._left_out, {}
+        changed = False
         for name,path in shard_files(self.folder).items():
             if name in known: continue
             subject, entry, faults = examine_shard(path)
             if entry and not faults:
-                self._index[subject] = entry
+                self._index[subject], changed = entry, True
                 self.findings.append(Finding('ADOPTED', f'{subject}: whole, taken into the index'))
             else:
-                wrong = '; '.join(f'{k} {v}' for k,v in faults.items())
-                self.findings.append(Finding('ORPHAN', f'{name}: not taken into the index: {wrong}'))
-        return len(self._index) > before
+                self._left_out[name] = '; '.join(f'{k}: {v}' for k,v in faults.items())
+                self.findings.append(Finding('LEFT_OUT', f'{name}: not taken into the index: {self._left_out[name]}'))
+        return changed or self._left_out != before
 
     @property
     def subjects(self) -> tuple: # of names
@@ -187,6 +190,7 @@ class StoreWriter:
         except OSError as e: raise disk_error(e, final) from e
         finally: w.part.unlink(missing_ok=True)
         self._index[w.subject], self._dirty = w.entry, True
+        self._left_out.pop(final.name, None)
         self._follow()
 
     def remove(self,
@@ -230,7 +234,7 @@ class StoreWriter:
         "Write the index now, if anything changed"
         if not self._dirty: return
         start = time.monotonic()
-        write_index(self.folder, self._index, self._lists)
+        write_index(self.folder, self._index, self._lists, self._left_out)
         if self._changes.path.exists(): self._changes.path.unlink(); _sync_folder(self.folder)
         self._dirty, self._last = False, time.monotonic()
         self._cost = self._last-start
@@ -258,7 +262,9 @@ class H5Store:
         self._index, self._lists = index['subjects'], read_lists(self.folder, index)
         known = {e['file'] for e in self._index.values()}
         for name,path in shard_files(self.folder).items():
-            if name not in known: self._newer(name, path)
+            if name in index.get('left_out', {}):
+                self.findings.append(Finding('LEFT_OUT', f'{name}: {index["left_out"][name]}'))
+            elif name not in known: self._newer(name, path)
 
     def _newer(self, name, path): # it has its name, but is not in the index
         sub = StoredSubject(path)
