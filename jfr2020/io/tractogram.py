@@ -6,7 +6,7 @@
 __all__ = ['TractogramError', 'read_tractogram', 'write_tractogram']
 
 # %% ../../nbs/12_io.tractogram.ipynb #78ec81af
-import json, warnings, zipfile, zlib
+import json, struct, warnings, zipfile, zlib
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 import numpy as np
@@ -50,7 +50,10 @@ def _trk_header(raw): # the first 1000 bytes -> (fields, byte order)
 
 def _trk_affine(h, reference): # -> (4,4) of voxel centres (i,j,k) -> RAS+ mm
     A = h['voxel_to_rasmm'].astype(np.float64)
-    if h['version'] > 1 and A[3,3] != 0: return A
+    if h['version'] > 1 and A[3,3] != 0:
+        if not (np.isfinite(A).all() and abs(np.linalg.det(A)) > 1e-9):
+            raise TractogramError('the affine of the header turns the image into nothing', 'NO_AFFINE')
+        return A
     if reference is None:
         raise TractogramError('the header has no affine', 'NO_AFFINE', 'give reference=, the grid of its image')
     if tuple(h['dimensions'][::-1]) != reference.shape: raise TractogramError(
@@ -79,9 +82,10 @@ def _trk_columns(names, total, rest): # names, columns in all, a name for those 
         raise TractogramError('a name of its data is followed by what is no number of columns', 'NAMES')
     out = [(w[0], int(w[1]) if len(w) == 2 else 1) for w in words] if total > 0 else []
     left = total-sum(n for _,n in out)
-    if left < 0 or total < 0 or len(dict(out)) != len(out):
+    out += [(rest, left)]*(left > 0)
+    if left < 0 or len(dict(out)) != len(out):
         raise TractogramError(f'{total} columns of data do not fit the names {[w for w,_ in out]}', 'NAMES')
-    return out + [(rest, left)]*(left > 0)
+    return out
 
 def _trk_records(words, width, extra, count): # all numbers as int32 -> starts (S,), points (S,) of each line
     view, at, starts, lengths = memoryview(words), 0, [], []
@@ -259,27 +263,31 @@ def _trx_group(z, info, S): # the lines of a group -> (S,1) bool
     out[ids.astype(np.int64)] = True
     return out
 
+def _trx_offsets(o, S, N): # as the file has them -> (S+1,)
+    if o.dtype.kind not in 'iu': raise TractogramError(f'offsets must be whole numbers, they are {o.dtype}', 'TYPE')
+    if len(o) == S: o = np.append(o, [N]) # as older files have it
+    if len(o) != S+1: raise TractogramError(f'{S} lines need {S+1} offsets, the file has {len(o)}', 'COUNT', _AGAIN)
+    return o.astype(np.int64)
+
 def _trx_content(z, path): # open archive -> Streamlines
     S,N,A,dims = _trx_header(z)
     files = [i for i in z.infolist() if not i.is_dir() and i.filename != 'header.json']
     if any(i.filename.startswith('dpg/') for i in files):
         warnings.warn(f'{path.name}: data per group are not read', stacklevel=4)
     if S == 0: return Streamlines(np.zeros((0,3)), [0], geometry=_grid(A, dims))
-    found, per_line, per_point = {}, {}, {}
+    content = dict(dps={}, dpv={}, groups={}, top={})
     for i in files:
         folder,name,*_ = _trx_name(i.filename)
         if i.filename.startswith('dpg/'): continue
-        if folder == 'groups': per_line[f'groups/{name}'] = _trx_group(z, i, S)
-        elif folder == 'dps': per_line[name] = _trx_array(z, i, S)
-        elif folder == 'dpv': per_point[name] = _trx_array(z, i, N)
-        elif folder == '' and name == 'positions': found[name] = _trx_array(z, i, N)
-        elif folder == '' and name == 'offsets': found[name] = _trx_array(z, i)
-        else: raise TractogramError(f'{i.filename[:60]!r} is no part of a trx file', 'TYPE')
-    offsets = found['offsets'].ravel().astype(np.int64)
-    if len(offsets) == S: offsets = np.append(offsets, N) # as older files have it
-    if len(offsets) != S+1:
-        raise TractogramError(f'{S} lines need {S+1} offsets, the file has {len(offsets)}', 'COUNT', _AGAIN)
-    return Streamlines(found['positions'], offsets, per_line, per_point, _grid(A, dims))
+        if folder not in ('dps','dpv','groups') and (folder, name) not in (('','positions'), ('','offsets')):
+            raise TractogramError(f'{i.filename[:60]!r} is no part of a trx file', 'TYPE')
+        part = content[folder or 'top']
+        if name in part: raise TractogramError(f'{name!r} stands there twice', 'NAMES')
+        rows = dict(dps=S, dpv=N).get(folder, N if name == 'positions' else None)
+        part[name] = _trx_group(z, i, S) if folder == 'groups' else _trx_array(z, i, rows)
+    per_line = {**content['dps'], **{f'groups/{k}': v for k,v in content['groups'].items()}}
+    offsets = _trx_offsets(content['top']['offsets'].ravel(), S, N)
+    return Streamlines(content['top']['positions'], offsets, per_line, content['dpv'], _grid(A, dims))
 
 def _read_trx(path, reference):
     try:
@@ -287,7 +295,7 @@ def _read_trx(path, reference):
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
         raise TractogramError('the zip archive is damaged, or packed in a way not read here', 'DAMAGED', _AGAIN) from e
     except JfrError: raise
-    except (KeyError, ValueError, TypeError) as e:
+    except (LookupError, ValueError, TypeError, OverflowError, struct.error) as e:
         raise TractogramError('header, positions or offsets are absent or damaged', 'DAMAGED', _AGAIN) from e
 
 # %% ../../nbs/12_io.tractogram.ipynb #93dacd6d
@@ -335,7 +343,7 @@ def read_tractogram(
     if not path.is_file(): raise TractogramError(f'{path.name}: no such file', 'NO_FILE')
     try: s = reader(path, reference)
     except JfrError as e: raise TractogramError(f'{path.name}: {e.cause}', e.code, e.fix) from e
-    except OSError as e: raise TractogramError(f'{path.name} cannot be read: {e.strerror}', 'DISK') from e
+    except OSError as e: raise TractogramError(f'{path.name} cannot be read: {e.strerror or e}', 'DISK') from e
     if reference is None: return s
     if s.geometry is not None and not s.geometry.matches(reference, tol=.01): raise TractogramError(
         f'{path.name} belongs to {s.geometry!r}, the reference is {reference!r}', 'REFERENCE')
