@@ -1,5 +1,5 @@
 "DICOM segmentations and structured reports: what a validator, other readers and our own reader say of them."
-import logging, shutil, subprocess, warnings
+import logging, shutil, subprocess, traceback, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,22 +236,25 @@ def test_characters_of_another_set(tmp_path):
         assert ds.SpecificCharacterSet == 'ISO_IR 192' and str(ds.PatientName) == PATIENT['PatientName']
 
 
-def test_nothing_is_said_of_the_patient(tmp_path, caplog, capfd):
-    "A name that makes both libraries remark on it, and an attribute that cannot be written"
-    marker = 'Zyxwvu^A^B^C^D^E^F'
+@pytest.mark.parametrize('tags, refused', [(dict(PatientName='Zyxwvu'), False), (dict(PatientName='Zyxwvu^A^B^C^D^E^F'), False),
+                                           (dict(PatientSex='ZYXWVU'), True), (dict(PatientID='Zyxwvu'*20), None)])
+def test_nothing_is_said_of_the_patient(tmp_path, caplog, capfd, tags, refused):
+    "Names that make a library remark on them, and attributes that cannot be written again"
     ct, mask = scan()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        write_series(ct, tmp_path/'ct', PatientName=marker)
+        write_series(ct, tmp_path/'ct', edit=lambda ds, k: [ds.add(pydicom.DataElement(t, ds[t].VR, v, validation_mode=0)) for t, v in tags.items()])
         s = find_series(tmp_path/'ct')[0].series
     caplog.clear(); capfd.readouterr()
-    mask = MaskVolume(mask.data, s.geometry)
-    with warnings.catch_warnings(record=True) as said:
+    said, mask = [], MaskVolume(mask.data, s.geometry)
+    with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter('always')
-        try: write_seg(mask, s, tmp_path/'seg.dcm')
-        except JfrError as e: said.append(str(e)); assert e.__suppress_context__
+        for write in (lambda: write_seg(mask, s, tmp_path/'seg.dcm'), lambda: write_sr(scored(s, ct, mask), s, tmp_path/'sr.dcm')):
+            try: write()
+            except JfrError as e: said += traceback.format_exception(e)
+    if refused is not None: assert ('DICOM_OUT' in ''.join(said)) == refused
     out = capfd.readouterr()
-    assert 'Zyxwvu' not in ''.join([out.out, out.err, caplog.text, *map(str, said)])
+    assert 'zyxwvu' not in ''.join([out.out, out.err, caplog.text, *map(str, remarks), *said]).lower()
     assert logging.getLogger('highdicom').level == logging.NOTSET
 
 
