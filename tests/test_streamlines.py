@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from jfr2020.errors import ConfigError, GeometryError
 from jfr2020.geometry import Geometry
-from jfr2020.streamlines import (Streamlines, add_noise, compress_lines, draw_cuts, join, line_rows, resample_count,
-                                 resample_step, reverse, split)
+from jfr2020.streamlines import (Streamlines, add_noise, compress_lines, draw_cuts, join, line_rows, lines_inside,
+                                 resample_count, resample_step, reverse, split)
 
 GRID = Geometry.from_spacing((10, 12, 14), (2, 1.5, 1))
 
@@ -87,6 +87,23 @@ def test_resampling_by_count(lengths, n):
     for i in range(len(s)):
         assert np.array_equal(r[i][[0, -1]], s[i][[0, -1]])
     assert np.array_equal(r.per_line['bundle'], s.per_line['bundle'])
+
+
+def test_labels_come_from_the_nearest_point():
+    s = Streamlines.from_list([[[0, 0, 0], [10, 0, 0], [20, 0, 0]]],
+                              per_point=dict(label=np.array([7, 8, 9]), x=np.array([0., 1., 2.])))
+    r = resample_step(s, 3)  # 8 points, 20/7 mm apart
+    assert r.per_point['label'].ravel().tolist() == [7, 7, 8, 8, 8, 8, 9, 9] and r.per_point['label'].dtype == 'i8'
+    assert np.allclose(r.per_point['x'].ravel(), np.arange(8)*2/7) and r.per_point['x'].dtype == 'f8'
+
+
+def test_lines_inside_against_a_loop():
+    s = make([0, 1, 20, 30, 5]*5, step=.4)
+    i = [GRID.to_index(x+[0, 0, 0]) for x in s]
+    want = [bool(((p >= -.5-1e-4) & (p <= np.array(GRID.shape)-.5+1e-4)).all()) for p in i]
+    assert lines_inside(s).tolist() == want
+    corner = Streamlines(GRID.to_world([[-.5]*3, [9.5, 11.5, 13.5], [-.51, 0, 0], [0, 0, 13.51]]), range(5))
+    assert lines_inside(corner, GRID).tolist() == [True, True, False, False]
 
 
 def test_no_zero_step_comes_out_of_doubled_points():

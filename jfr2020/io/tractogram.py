@@ -115,10 +115,11 @@ def _read_trk(path, reference):
     numbers, ends = words.view(np.float32), starts+1+lengths*width
     runs = [numbers[a+1:b] for a,b in zip(starts.tolist(), ends.tolist())]
     table = np.concatenate([numbers[:0], *runs]).reshape(-1,width)
+    per_line = _by_name(numbers[ends[:,None]+np.arange(extra)], properties)
+    del words, numbers, runs # as much memory as the points
     A = _trk_affine(h, reference)
     return Streamlines(_moved(table[:,:3], _trk_to_mm(h, A)), np.concatenate([[0], np.cumsum(lengths)]),
-        _by_name(numbers[ends[:,None]+np.arange(extra)], properties), _by_name(table[:,3:], scalars),
-        _grid(A, h['dimensions']))
+        per_line, _by_name(table[:,3:], scalars), _grid(A, h['dimensions']))
 
 # %% ../../nbs/12_io.tractogram.ipynb #22159796
 def _float32(a, what): # numbers as float32, or a refusal where whole numbers would change
