@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'SAME_MM', 'BLOCK', 'ROWS', 'LEAST_STD', 'NiftiHead', 'nifti_head', 'channel_stream', 'corner_mm',
            'check_same_space', 'read_channels', 'channel_moments', 'standard_numbers', 'standardise', 'unstandardise']
 
-# %% ../../nbs/11a_io.channels.ipynb #cdf0da1a
+# %% ../../nbs/11a_io.channels.ipynb #d36a4883
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..volume import *
 from .nifti import *
 from .nifti import _load_nifti, _nifti_affine, AGAIN
 
-# %% ../../nbs/11a_io.channels.ipynb #ad0bd477
+# %% ../../nbs/11a_io.channels.ipynb #aaedcb2d
 @dataclass(frozen=True, eq=False)
 class NiftiHead:
     "What a NIfTI file says of its voxels, which are not read yet"
@@ -56,7 +56,7 @@ def nifti_head(
     return NiftiHead(Path(path), Geometry(shape[2::-1], A[:,[2,1,0,3]]), many[0] if many else 0, kind,
                      (float(img.dataobj.slope), float(img.dataobj.inter)), offset, packed)
 
-# %% ../../nbs/11a_io.channels.ipynb #259fa069
+# %% ../../nbs/11a_io.channels.ipynb #9be626b0
 PIECE = 1<<16 # compressed bytes read at once
 
 class _Bytes: # the unpacked bytes of a file, read in order
@@ -108,7 +108,7 @@ def _scaled(raw, head):
     if not head.plain: raw = raw.astype('f8')*head.scale[0] + head.scale[1]
     with np.errstate(over='ignore'): return raw.astype('f4', copy=False)
 
-# %% ../../nbs/11a_io.channels.ipynb #30646034
+# %% ../../nbs/11a_io.channels.ipynb #bade70bd
 SAME_MM = 1e-3 # mm at the corners; NIfTI's own rounding is below it
 BLOCK = 16 # channels that wait to be put side by side
 
@@ -155,7 +155,7 @@ def read_channels(
             if n == len(block) or c+n == total: _beside(out, block, c, n); c, n = c+n, 0
     return FeatureVolume(out.reshape(*grid.shape, total), grid), counts
 
-# %% ../../nbs/11a_io.channels.ipynb #1faff28e
+# %% ../../nbs/11a_io.channels.ipynb #3ce90ef6
 ROWS = 1<<13 # voxels looked at together
 
 def channel_moments(
@@ -176,7 +176,7 @@ def channel_moments(
         mean += (own-mean)*(k/(n+k)); n += k
     return n, mean, m2
 
-# %% ../../nbs/11a_io.channels.ipynb #9a1e9c08
+# %% ../../nbs/11a_io.channels.ipynb #61799a81
 LEAST_STD = 1e-6 # as in dwi_ml: below it a channel is taken as constant
 
 def standard_numbers(
@@ -194,12 +194,14 @@ def standard_numbers(
     mean, std = np.empty((2, data.shape[-1]))
     for a,b in zip(ends, ends[1:]):
         n, m, s = channel_moments(data[...,a:b], inside)
-        if not n: raise GeometryError('no voxel is left to take mean and standard deviation from', 'EMPTY',
-                                      'check the mask' if inside is not None else 'give a std_mask')
+        if not n:
+            why, fix = ('where no channel is zero', 'give a std_mask') if inside is None else ('in the mask', '')
+            raise GeometryError(f'no voxel {why}: none is left to take mean and standard deviation from', 'EMPTY', fix)
         if how != 'independent': m, s = m.mean(), s.mean() + n*((m-m.mean())**2).mean()
         mean[a:b], std[a:b] = m, np.sqrt(s/n)
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-        raise GeometryError('some values inside are not numbers', 'NOT_FINITE', 'give a std_mask without them')
+        raise GeometryError('some values inside are not numbers', 'NOT_FINITE',
+                            'give a std_mask without them, or say what they mean')
     return mean.astype('f4'), np.maximum(std, LEAST_STD).astype('f4')
 
 def _apply(data, first, mean, second, std): # in place, in pieces that stay in cache

@@ -6,7 +6,7 @@
 __all__ = ['read_lists', 'subjects_folder', 'SubjectPlan', 'plan_subject', 'missing_table', 'inputs_hash', 'make_subject',
            'StoreMade', 'create_store']
 
-# %% ../../nbs/13c_io.create.ipynb #76a66f5a
+# %% ../../nbs/13c_io.create.ipynb #9dbc6831
 import json, multiprocessing, signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +22,7 @@ from .groups import *
 from .shard import *
 from .hdf5 import *
 
-# %% ../../nbs/13c_io.create.ipynb #904634d2
+# %% ../../nbs/13c_io.create.ipynb #030b278f
 def read_lists(
     lists:dict, # training, validation, testing -> names, or the path of a text file of names
 ) -> dict: # the same three -> tuple of names
@@ -56,7 +56,7 @@ def _everyone(root): # folders of subjects
     try: return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')))
     except OSError as e: raise StoreError(f'the folder of subjects cannot be read: {e.strerror}', 'NO_FOLDER') from e
 
-# %% ../../nbs/13c_io.create.ipynb #ead3e62d
+# %% ../../nbs/13c_io.create.ipynb #dabfc7ef
 @dataclass(frozen=True)
 class SubjectPlan:
     "The files of one subject by group, and what is wrong with them"
@@ -103,7 +103,7 @@ def _refuse_incomplete(plans):
     raise StoreError(f'{bad} of {len(plans)} subjects are not complete: ' + '; '.join(lines), 'INCOMPLETE',
                      'mend them, or leave them out by incomplete="skip"')
 
-# %% ../../nbs/13c_io.create.ipynb #eed11005
+# %% ../../nbs/13c_io.create.ipynb #4acf82c7
 def _all_files(path): # a folder stands for what lies in it
     return sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
 
@@ -152,7 +152,7 @@ def make_subject(
                        {g.name: read_table_group(g, plan.files[g.name]) for g in config.tables},
                        dict(inputs=name, config=json.dumps(config.as_dict(), sort_keys=True)))
 
-# %% ../../nbs/13c_io.create.ipynb #9d5ecbef
+# %% ../../nbs/13c_io.create.ipynb #74047cb4
 @dataclass(frozen=True)
 class StoreMade:
     "What became of each subject"
@@ -197,8 +197,17 @@ def _each(fn, jobs, workers): # yields (job, result or exception) as they end; a
                 if isinstance(e, BrokenProcessPool): left.append(running[f])
                 else: yield running[f], e or f.result()
         finally: pool.shutdown(wait=True, cancel_futures=True)
-    for j in left: # one of them died, the others were only with it
-        with _pool(1) as pool: yield j, _tried(pool.submit(fn, j).result)
+    yield from _one_by_one(fn, left) # one of them died, the others were only with it
+
+def _one_by_one(fn, jobs): # in one process, and another after a death
+    pool = None
+    try:
+        for j in jobs:
+            pool = pool or _pool(1)
+            yield j, (out := _tried(pool.submit(fn, j).result))
+            if isinstance(out, BrokenProcessPool): pool.shutdown(); pool = None
+    finally:
+        if pool: pool.shutdown(wait=True, cancel_futures=True)
 
 def _known(store): # subjects in the store -> their inputs_hash
     if not (Path(store)/'index.json').exists(): return {}
@@ -213,7 +222,7 @@ def _one_job(config, store, known, overwrite, parts): # in a worker; parts of a 
     except JfrError: raise
     except Exception as e: raise _as_refusal(plan.subject, e) from None
 
-# %% ../../nbs/13c_io.create.ipynb #b3bb5f2f
+# %% ../../nbs/13c_io.create.ipynb #ae1c9889
 def create_store(
     config:StoreConfig, # from `load_store_config` or `read_store_config`
     folder:Path, # one folder a subject, in itself or in dwi_ml_ready

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OWN', 'VolumeGroup', 'LinesGroup', 'TableGroup', 'StoreConfig', 'read_store_config', 'load_store_config']
 
-# %% ../../nbs/11b_io.storeconfig.ipynb #c05537a2
+# %% ../../nbs/11b_io.storeconfig.ipynb #559ec32f
 import difflib, json, re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import *
 
-# %% ../../nbs/11b_io.storeconfig.ipynb #7c08a89f
+# %% ../../nbs/11b_io.storeconfig.ipynb #7a075708
 def _bad(where, need, found, fix='correct the config'):
     return ConfigError(f'{where}: {need} needed, found {str(found)[:60]!r}', fix=fix)
 
@@ -64,7 +64,7 @@ def _blocs(v, where): # a number for each axis, or one for all; dwi_ml takes 20 
     if len(v) != 3: raise _bad(where, '1 or 3 whole numbers', list(v))
     return tuple(_number(1, 1000, int)(n, where) for n in v)
 
-# %% ../../nbs/11b_io.storeconfig.ipynb #3294633e
+# %% ../../nbs/11b_io.storeconfig.ipynb #f5c55d99
 OWN = 'own' # reference of a group that has a grid of its own
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class VolumeGroup:
     kind:str = '' # ct in HU | mask | feature (channels) | volume; '' as the files declare
     standardization:str = 'none' # all | independent | per_file | none
     std_mask:tuple = () # paths of masks; mean and standard deviation are taken inside their union
+    nan_to_zero:bool = False # values that are no numbers become 0, and are counted
     several:bool = False # may a pattern stand for several files
     reference:str = '' # volume group whose grid it shares; '' the first, 'own' none
     unit:str = '' # of its numbers, kept beside them
@@ -104,9 +105,10 @@ class TableGroup:
     name:str # of the group in the store
     files:tuple # one path below the subject's folder
 
-# %% ../../nbs/11b_io.storeconfig.ipynb #9fd9e06a
+# %% ../../nbs/11b_io.storeconfig.ipynb #e1dbaa18
 _CHECKS = dict(
     volume=dict(files=_paths, kind=_one_of('', 'ct', 'mask', 'feature', 'volume'), std_mask=_paths, several=_flag,
+                nan_to_zero=_flag,
                 standardization=_one_of('none', 'all', 'independent', 'per_file'), reference=_text, unit=_text,
                 dtype=_one_of('', 'float32', 'float16'),
                 storage=_one_of('', 'contiguous', 'gzip', 'bitshuffle-zstd')),
@@ -124,8 +126,9 @@ def _check_volume(g, where):
     if g.standardization != 'none' and g.kind in ('ct', 'mask'):
         raise ConfigError(f'{where}: a {g.kind} is not standardised',
                           fix='say another kind, or standardization = "none"')
-    if g.kind in ('ct', 'mask') and (g.dtype or len(g.files) > 1 or g.several):
-        raise ConfigError(f'{where}: a {g.kind} is one file in a type of its own', fix='leave dtype and several out')
+    if g.kind in ('ct', 'mask') and (g.dtype or len(g.files) > 1 or g.several or g.nan_to_zero):
+        raise ConfigError(f'{where}: a {g.kind} is one file in a type of its own',
+                          fix='leave dtype, several and nan_to_zero out')
 
 def _check_lines(g, where):
     said = [k for k in ('step_mm', 'nb_points', 'compress_mm') if getattr(g, k)]
@@ -156,7 +159,7 @@ def _group(name, d): # one entry of the config -> its group
     if kind == 'streamlines': _check_lines(g, name)
     return g
 
-# %% ../../nbs/11b_io.storeconfig.ipynb #945bbc65
+# %% ../../nbs/11b_io.storeconfig.ipynb #c3947adb
 @dataclass(frozen=True)
 class StoreConfig:
     "The groups of a store, in the order of the config"
@@ -220,7 +223,7 @@ def read_store_config(
     if not isinstance(groups, dict): raise _bad('config', 'an object of groups', type(groups).__name__)
     return StoreConfig(tuple(_group(k, v) for k,v in groups.items()))
 
-# %% ../../nbs/11b_io.storeconfig.ipynb #4d082bbb
+# %% ../../nbs/11b_io.storeconfig.ipynb #e49334d9
 def _once(pairs): # JSON objects keep the last of equal keys: say so instead
     names = [k for k,_ in pairs]
     if len(set(names)) < len(names): raise _bad('config', 'each key once', names)
