@@ -139,10 +139,10 @@ def _parameters(result): # of the algorithm, as a report says them
 def _family(result): return _term('network' if result is not None and result.model else 'rules')
 
 # %% ../nbs/27_interop.ipynb #2f527fe0
-def _planes(mask, series, sources, numbers): # (frames, H, W) segment numbers, in the order of the source's frames
+def _planes(stack, labels, series, sources): # (frames, H, W) segment numbers, in the order of the source's frames
     lut = np.zeros(len(VESSELS)+1, np.uint8)
-    for n,label in enumerate(numbers, 1): lut[label] = n
-    stack = lut[vessel_labels(mask.data)]
+    for n,label in enumerate(labels, 1): lut[label] = n
+    stack = lut[stack]
     if not _many(sources[0]): return stack
     n = int(sources[0].get('NumberOfFrames') or 1)
     if n != len(stack): raise DicomSeriesError(f'{n} frames in the file, {len(stack)} in the series', 'MULTIFRAME')
@@ -174,10 +174,11 @@ def write_seg(
     hd = import_extra('highdicom', 'dicomout', 'writing DICOM objects')
     _same(series, mask, result)
     sources = _sources(series)
-    labels = [k for k in VESSELS if (vessel_labels(mask.data) == k).any()] or [len(VESSELS)]
+    stack = np.stack([vessel_labels(a) for a in mask.data])
+    labels = [k for k in VESSELS if (stack == k).any()] or [len(VESSELS)]
     made = made or ('AUTOMATIC' if result is not None else 'SEMIAUTOMATIC')
     with _building('segmentation'):
-        planes, (date, time) = _planes(mask, series, sources, labels), source_date(sources[0])
+        planes, (date, time) = _planes(stack, labels, series, sources), source_date(sources[0])
         content = hashlib.sha256(planes).hexdigest(), labels, made, _parameters(result), _family(result).value
         ds = hd.seg.Segmentation(sources, planes, 'BINARY', _segments(series, labels, result, made),
             **_equipment('seg', series, 901, content), manufacturer_model_name='jfr2020', software_versions=__version__,

@@ -331,6 +331,25 @@ def test_a_shifted_segmentation(case, tmp_path):
     assert np.array_equal(read_seg(near, case['ct']).data, case['mask'].data)
 
 
+def test_slices_of_another_distance(case):
+    g = case['ct'].geometry
+    with pytest.raises(GeometryError, match='3 mm apart, those of the scan 1 mm'): read_seg(case['seg'], g.sliced((0, 0, 0), (1/3, 1, 1), (72, 40, 48)))
+
+
+def test_voxels_outside_the_scan(case):
+    "Empty parts may lie outside, calcium may not"
+    ct, mask = case['ct'], case['mask']
+    assert np.array_equal(read_seg(case['seg'], ct[5:21, 8:24, 10:29]).data, mask.data[5:21, 8:24, 10:29])
+    for part in (ct[6:], ct[:20], ct[:, 9:], ct[:, :, :27]):
+        with pytest.raises(GeometryError, match='lie outside the scan'): read_seg(case['seg'], part)
+
+
+def test_the_series_it_was_drawn_on(case):
+    facts = case['series'].facts
+    for other in (replace(facts, uid='1.2'), replace(facts, study_uid='1.2')):
+        assert code(read_seg, case['seg'], case['ct'], other) == 'MASK_SERIES'
+
+
 def test_frames_in_another_order(case, tmp_path):
     def edit(ds):
         n, size = int(ds.NumberOfFrames), ds.Rows*ds.Columns
@@ -362,7 +381,8 @@ def test_a_label_map(case):
 
 def test_fractions_are_refused(case):
     planes = np.where(case['mask'].data[..., None] == [2, 4], .6, 0.)
-    assert code(read_seg, of_highdicom(case, planes, 'FRACTIONAL'), case['ct']) == 'DICOM_SEG'
+    path = of_highdicom(case, planes, 'FRACTIONAL')
+    with pytest.raises(JfrError, match='found a fractional one'): read_seg(path, case['ct'])
 
 
 def test_two_vessels_on_one_voxel(case):
