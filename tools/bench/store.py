@@ -1,0 +1,168 @@
+"The store beside npy, h5py as it is usually used, and compressed chunks: equal first, then timed; one thread."
+import os, resource, subprocess, sys, tempfile, time
+from pathlib import Path
+from statistics import median
+
+import h5py
+import numpy as np
+
+from jfr2020.dwi import dwi_phantom
+from jfr2020.dwicohort import LARGE_HEAD, SUBJECTS_FOLDER, write_dwi_cohort
+from jfr2020.io.hdf5 import H5Store, StoreWriter
+from tools.bench import interleaved, table
+from tools.bench.reading import memory, scan
+
+PATCH, DWI_ML_CREATE, DWI_ML_LINES = 96, 10.2, 20. # voxels a side; CPU-s and ms that dwi_ml took on such a machine
+
+
+def same(name, a, b): # equality comes before speed
+    if not np.array_equal(a, b): raise SystemExit(f'{name} differs')
+
+
+def touched(a): # every page of an array, read: a sum that is quick
+    return int(a.reshape(-1).view(np.uint8)[::4096].sum())
+
+
+def by_h5py(path, at): # whole data set
+    with h5py.File(path, locking=False) as f: return f[at][:]
+
+
+def whole(npy, store, name, a, rounds):
+    "A whole volume, opened anew each time unless said"
+    np.save(npy, a)
+    kept = H5Store(store)
+    ram = {'np.load': lambda: np.load(npy), 'store opened anew, into RAM': lambda: H5Store(store)['large'].volume(name, mmap=False).data,
+           'store kept open, into RAM': lambda: kept['large'].volume(name, mmap=False).data,
+           'h5py': lambda: by_h5py(kept['large'].path, f'volumes/{name}')}
+    maps = {'np.load, mapped, touched': lambda: touched(np.load(npy, mmap_mode='r')),
+            'store opened anew, mapped, touched': lambda: touched(H5Store(store)['large'].volume(name).data),
+            'store kept open, mapped, touched': lambda: touched(kept['large'].volume(name).data)}
+    for n,f in ram.items(): same(n, f(), a)
+    for n,f in maps.items(): same(n, f(), touched(a))
+    same('mapped', kept['large'].volume(name).data, a)
+    size = f'{name} {" x ".join(map(str, a.shape))} {a.dtype}, {a.nbytes/1e6:.0f} MB'
+    table(f'Whole volume into RAM, {size}', interleaved(ram, rounds), 'np.load', 'store at most 1.2 x np.load')
+    table(f'Whole volume mapped and touched, {size}', interleaved(maps, rounds), 'np.load, mapped, touched', 'store at most 1.2 x np.load')
+
+
+def as_dwi_ml(h5, ids): # a loop of three reads for each line
+    with h5py.File(h5, locking=False) as f:
+        g = f['streamlines/lines']
+        out = []
+        for i in ids:
+            a, b = g['offsets'][i], g['offsets'][i+1]
+            out.append(g['points'][a:b])
+        return np.concatenate(out)
+
+
+def lines(store, case, rounds):
+    "100 random lines of a tractogram"
+    rng, s = np.random.default_rng(1), case.streamlines
+    kept = H5Store(store)['large'].streamlines('lines')
+    path, sets = H5Store(store)['large'].path, [rng.choice(len(s), 100, replace=False) for _ in range(8)]
+    every = lambda f: lambda: [f(ids) for ids in sets]
+    methods = {'store kept open, [ids]': every(lambda ids: kept[ids].points),
+               'store opened anew, [ids]': every(lambda ids: H5Store(store)['large'].streamlines('lines')[ids].points),
+               'h5py, three reads a line': every(lambda ids: as_dwi_ml(path, ids)),
+               'in memory, [ids]': every(lambda ids: s[ids].points)}
+    for n,f in methods.items():
+        for got,ids in zip(f(), sets): same(n, got, s[ids].points)
+    times = {n: [t/len(sets) for t in ts] for n,ts in interleaved(methods, rounds).items()}
+    table(f'100 random lines of {len(s)} ({len(s.points)} points), a batch', times, 'store kept open, [ids]',
+          f'at most 2 ms; dwi_ml, measured on such a machine, {DWI_ML_LINES:.0f} ms')
+    mine = median(times['store kept open, [ids]'])*1e3
+    print(f'100 lines: {mine:.2f} ms, {DWI_ML_LINES/mine:.0f} x faster than the 20 ms of dwi_ml')
+
+
+def patches(folder, ct, rounds, n=20):
+    "Random cubes of a CT that are copied out, from files that stay open"
+    rng = np.random.default_rng(2)
+    at = [tuple(slice(o, o+PATCH) for o in rng.integers(0, np.array(ct.shape)-PATCH+1)) for _ in range(n)]
+    store = folder/'patches'
+    with StoreWriter(store) as w:
+        for s in ('contiguous', 'gzip', 'bitshuffle-zstd'): w.add(s, dict(ct=(ct, dict(storage=s))))
+    st, npy = H5Store(store), folder/'patch.npy'
+    np.save(npy, ct.data)
+    mapped, flat = st['contiguous'].volume('ct').data, np.load(npy, mmap_mode='r')
+    sets = {s: st[s].h5['volumes/ct'] for s in ('contiguous', 'gzip', 'bitshuffle-zstd')}
+    take = lambda a: lambda: [np.ascontiguousarray(a[i]) for i in at]
+    methods = {'store, mapped': take(mapped), 'npy, mapped': take(flat), 'h5py slices, contiguous': take(sets['contiguous']),
+               'h5py slices, bitshuffle-zstd': take(sets['bitshuffle-zstd']), 'h5py slices, gzip': take(sets['gzip'])}
+    for name,f in methods.items():
+        for got,i in zip(f(), at): same(name, got, ct.data[i])
+    times = interleaved(methods, rounds)
+    table(f'{n} random {PATCH}^3 patches of {" x ".join(map(str, ct.shape))} int16', times, 'store, mapped', 'npy >= 0.9, h5py slices >= 2, gzip >= 60')
+    print('patches/s: ' + ', '.join(f'{name} {n/median(t):.0f}' for name,t in times.items()))
+    return store
+
+
+def storage(folder, ct, case, rounds=3):
+    "What each way of storing costs and saves"
+    print(f'\nstorage, median of {rounds}: written with hashes, flushed to the disk and renamed; read whole, page cache warm')
+    print(f'{"volume":10}{"storage":20}{"ratio":>8}{"write MB/s":>12}{"read MB/s":>12}')
+    for name,v in (('ct', ct), ('sh', case.sh)):
+        times = {}
+        for r in range(rounds):
+            for s in ('contiguous', 'gzip', 'bitshuffle-zstd'):
+                t = time.perf_counter()
+                with StoreWriter(folder/f'way-{name}') as w: w.add(s, dict(v=(v, dict(storage=s))), overwrite=True)
+                wrote = time.perf_counter()-t
+                t = time.perf_counter()
+                got = H5Store(folder/f'way-{name}')[s].volume('v', mmap=False).data
+                times.setdefault(s, []).append((wrote, time.perf_counter()-t))
+                if not r: same(s, got, v.data)
+                del got
+        for s,ts in times.items():
+            size = H5Store(folder/f'way-{name}')[s].path.stat().st_size
+            wrote, read = (median(c)/v.data.nbytes*1e6 for c in zip(*ts))
+            print(f'{name:10}{s:20}{v.data.nbytes/size:8.2f}{1/wrote:12.0f}{1/read:12.0f}')
+
+
+CREATE = '''import sys
+from pathlib import Path
+from jfr2020.io.create import create_store
+from jfr2020.io.storeconfig import load_store_config
+home, out, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+lists = {k: (home/f'{k}.txt').read_text().split() for k in ('training', 'validation', 'testing')}
+create_store(load_store_config(home/'config.json'), home/sys.argv[4], out, **lists, workers=workers)
+'''
+
+
+def creation(folder, rounds):
+    "Three full-size subjects from NIfTI and trk to a store, as a command of its own"
+    write_dwi_cohort(folder/'cohort', 3, seed=2024, **LARGE_HEAD)
+    spent, peak = {}, 0
+    for r in range(rounds):
+        for workers in (1, 2):
+            out = folder/f'created-{r}-{workers}'
+            before, t = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            subprocess.run([sys.executable, '-c', CREATE, folder/'cohort', out, str(workers), SUBJECTS_FOLDER], check=True)
+            wall, after = time.perf_counter()-t, resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent.setdefault(workers, []).append((after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime, wall))
+            peak = max(peak, after.ru_maxrss/1024)
+    size = sum(p.stat().st_size for p in out.rglob('*') if p.is_file())/1e6
+    print(f'\ncreation of 3 subjects, {LARGE_HEAD["n_lines"]} lines and 45 channels each, store of {size:.0f} MB, import of Python included')
+    print(f'{"workers":44}{"CPU-s median":>14}{"min":>8}{"wall s":>8}{"of dwi_ml":>11}')
+    for w,ts in spent.items():
+        cpu = [c for c,_ in ts]
+        print(f'{w:<44}{median(cpu):14.2f}{min(cpu):8.2f}{median(t for _,t in ts):8.2f}{median(cpu)/DWI_ML_CREATE:11.2f}')
+    print(f'largest process {peak:.0f} MiB\nasked: at most half of the {DWI_ML_CREATE} CPU-s that dwi_ml took for the same data on such a machine; it needed 576 MiB')
+
+
+def main(rounds=7):
+    case, ct = dwi_phantom(seed=2024, **LARGE_HEAD), scan(192, 320)
+    with tempfile.TemporaryDirectory(dir=os.environ.get('BENCH_TMP')) as d:
+        folder, store = Path(d), Path(d)/'store'
+        with StoreWriter(store) as w: w.add('large', dict(sh=case.sh, ct=ct), dict(lines=case.streamlines))
+        for name,v in (('sh', case.sh), ('ct', ct)): whole(folder/f'{name}.npy', store, name, v.data, rounds)
+        lines(store, case, rounds)
+        patches(folder, ct, rounds)
+        storage(folder, ct, case)
+        mib = case.sh.data.nbytes/2**20
+        memory('one volume of harmonics', {'np.load': lambda: np.load(folder/'sh.npy'),
+               'store, into RAM': lambda: H5Store(store)['large'].volume('sh', mmap=False),
+               'store, mapped, one slice': lambda: H5Store(store)['large'].volume('sh').data[30].copy()}, mib, 'store into RAM as np.load, mapped below 0.1')
+        creation(folder, 3)
+
+
+if __name__ == '__main__': main()
