@@ -301,7 +301,7 @@ def test_series_of_nothing_is_all_refused(words, tmp_path): assert jfr(*words, c
 
 
 @pytest.mark.parametrize('words', [['synth', 'ct', '-o', 'x', '-n', '0'], ['synth', 'ct', '-o', 'x', '-n', '-1'], ['score', 'x', '-o', 'o', '--workers', '0'],
-                                   ['score', 'x', '-o', 'o', '--threshold-hu', '-5000'], ['score', 'x', '-o', 'o', '--seg'], ['score', 'x', '-o', 'o', '--mask', 'absent.nii']])
+                                   ['score', 'x', '-o', 'o', '--threshold-hu', '-5000'], ['score', 'x', '-o', 'o', '--mask', 'absent.nii']])
 def test_numbers_and_options_out_of_range_are_wrong_usage(words, tmp_path):
     run = jfr(*words, cwd=tmp_path)
     assert run.returncode == 2 and 'Traceback' not in run.stderr and 'INTERNAL' not in run.stderr, run.stderr
