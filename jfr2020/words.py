@@ -181,6 +181,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     ZIP=('Zip archive', 'Archive zip'),
     ARCHIVE=('Archive not opened', 'Archive non ouverte'),
     MASK_GRID=('Mask on another grid', 'Masque sur une autre grille'),
+    MASK_SERIES=('Mask of another series', 'Masque d’une autre série'),
     NOT_NIFTI=('Not NIfTI', 'Pas du NIfTI'),
     NOT_LABELS=('Not a mask', 'Pas un masque'),
     NO_FILE=('No such file', 'Fichier introuvable'),
