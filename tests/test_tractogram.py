@@ -222,6 +222,8 @@ def test_the_same_lines_are_the_same_bytes(tmp_path):
         a, b = (write_tractogram(make(), tmp_path/f'{k}.{kind}').read_bytes() for k in 'ab')
         assert a == b
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.trk', 'a.trx', 'b.trk', 'b.trx']
+    with zipfile.ZipFile(tmp_path/'a.trx') as z:
+        assert {i.date_time for i in z.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_types_survive_trx(tmp_path):
@@ -250,6 +252,19 @@ def test_every_cut_of_a_file_is_refused(tmp_path):
             with pytest.raises(TractogramError) as e:
                 read_tractogram(path)
             assert 'cut.' in e.value.cause
+
+
+def test_bytes_too_many_are_refused(tmp_path):
+    s = make(3, data=False)
+    raw = write_tractogram(s, tmp_path/'s.trk').read_bytes()
+    for more in (b'\0', b'\0\0', bytes(4)):
+        (tmp_path/'more.trk').write_bytes(raw+more)
+        refused(tmp_path/'more.trk', 'COUNT' if len(more) == 4 else 'TRUNCATED')
+    raw = write_tractogram(s, tmp_path/'s.tck').read_bytes()
+    (tmp_path/'more.tck').write_bytes(raw+bytes(12))
+    refused(tmp_path/'more.tck', 'TRUNCATED')
+    (tmp_path/'more.tck').write_bytes(raw[:-24]+raw[-12:])  # the mark of the end, but not of the last line
+    assert 'last line' in refused(tmp_path/'more.tck', 'TRUNCATED').cause
 
 
 def test_any_changed_byte_is_read_or_refused_and_nothing_else(tmp_path):
