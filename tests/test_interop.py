@@ -9,7 +9,7 @@ import pytest
 hd = pytest.importorskip('highdicom', reason='the extra dicomout is not installed')
 import pydicom # noqa: E402
 
-from jfr2020.calcium import AGATSTON, Calibration, calcium_score # noqa: E402
+from jfr2020.calcium import AGATSTON, Calibration, calcium_score, vessel_labels # noqa: E402
 from jfr2020.case import NOTICE, CaseResult # noqa: E402
 from jfr2020.categories import cac_drs, risk_category # noqa: E402
 from jfr2020.errors import Finding, GeometryError, JfrError # noqa: E402
@@ -291,11 +291,37 @@ def test_a_multi_frame_source(tmp_path, order):
     assert verify(tmp_path/'sr.dcm')[0] == []
 
 
+def test_two_multi_frame_files(tmp_path):
+    ct, mask = scan((6, 40, 48), ())
+    write_enhanced(ct, tmp_path/'ct.dcm')
+    s = find_series(tmp_path/'ct.dcm')[0].series
+    assert code(write_seg, MaskVolume(mask.data, s.geometry), replace(s, files=s.files*2), tmp_path/'no.dcm') == 'MULTIFRAME'
+
+
+def test_one_frame_a_file_is_no_multi_frame(tmp_path):
+    s, ct, mask, result = made(tmp_path/'ct', *scan(), NumberOfFrames=1)
+    seg = write_seg(mask, s, tmp_path/'seg.dcm', result)
+    assert np.array_equal(read_seg(seg, ct, s.facts).data, mask.data) and verify(seg)[0] == []
+
+
 # reading
 
 def test_an_oblique_scan(tmp_path):
     s, ct, mask, _ = made(tmp_path/'ct', *scan(oblique=True))
     assert np.array_equal(read_seg(write_seg(mask, s, tmp_path/'seg.dcm'), ct, s.facts).data, mask.data)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_any_labels_on_any_grid(tmp_path, seed):
+    "Frames whose bits end inside of a byte, all vessels, labels beyond them, slices without any"
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in rng.integers((3, 5, 5), (9, 23, 23)))
+    labels = rng.choice(np.array([0, 0, 0, 0, 1, 2, 3, 4, 5, 9], np.uint8), shape)*(rng.random((shape[0], 1, 1)) < .7)
+    s, ct, mask, _ = made(tmp_path/'ct', CTVolume(np.full(shape, 300, np.int16), Geometry.from_spacing(shape, rng.uniform((1, .4, .4), (3, 1, 1)))),
+                          MaskVolume(labels.astype(np.uint8), Geometry.from_spacing(shape, (1, 1, 1))))
+    seg = write_seg(mask, s, tmp_path/'seg.dcm')
+    assert np.array_equal(read_seg(seg, ct, s.facts).data, vessel_labels(mask.data))
+    assert verify(seg)[0] == []
 
 
 @pytest.mark.parametrize('flips', [(1, 1, -1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1)])

@@ -15,6 +15,7 @@ from ..errors import *
 from ..geometry import *
 from ..volume import *
 from .header import *
+from .dicom import NATIVE
 from .nifti import *
 from ..calcium import *
 from ..interop import *
@@ -112,12 +113,22 @@ def _check(ds, facts):
         fix = 'score the series it was drawn on'
         raise VolumeFileError(f'the segmentation was drawn on {what}', 'MASK_SERIES', fix)
 
-def _frames(ds, g): # (label by stored value, pixels, placement) of each frame
+def _pixels(ds): # (H,W) of each frame
     from pydicom.pixels import iter_pixels
+    size = int(ds.Rows)*int(ds.Columns)
+    if ds.BitsAllocated != 1 or ds.file_meta.TransferSyntaxUID not in NATIVE:
+        yield from iter_pixels(ds, raw=True)
+        return
+    raw = np.frombuffer(ds.PixelData, np.uint8) # pydicom loses its way where a frame ends inside of a byte
+    for k in range(int(ds.NumberOfFrames)):
+        bits = np.unpackbits(raw[k*size//8:-(-(k+1)*size//8)], bitorder='little')[k*size%8:]
+        yield bits[:size].reshape(ds.Rows, ds.Columns)
+
+def _frames(ds, g): # (label by stored value, pixels, placement) of each frame
     shared, per, labels = ds.SharedFunctionalGroupsSequence[0], ds.PerFrameFunctionalGroupsSequence, _labels(ds)
     if len(per) != int(ds.NumberOfFrames):
         raise _not_seg(f'{ds.NumberOfFrames} frames, {len(per)} places for them', 'export it again')
-    for own,pixels in zip(per, iter_pixels(ds, raw=True)):
+    for own,pixels in zip(per, _pixels(ds)):
         of = _one((own, shared), 'SegmentIdentificationSequence') if ds.SegmentationType == 'BINARY' else None
         yield {1: labels[int(of.ReferencedSegmentNumber)]} if of else labels, pixels, _placement(ds, (own, shared), g)
 
