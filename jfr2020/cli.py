@@ -83,7 +83,7 @@ def _score_line(e):
     return f"{uid}  {e['agatston']:9.1f} {e['category']['label']:8} {e['cac_drs']}"
 
 def _score_lines(entries, out, also):
-    where = [f'of each one scored, in series/*/: {", ".join(OUTPUTS[k][1] for k in also)}'] if also else []
+    where = [f'for each one scored, in its folder of series/: {", ".join(OUTPUTS[k][1] for k in also)}'] if also else []
     return '\n'.join([*map(_score_line, entries), f'{len(entries)} series, results in {out}', *where, NOTICE['en']])
 
 def _run_series(
@@ -184,7 +184,7 @@ def _score_options(p):
     o('-o', '--out', metavar='OUT', required=True, help='folder for scores.csv, scores.json, reports and masks')
     o('--model', default='default', help='default: the embedded model (none yet: rules alone); none: rules alone')
     o('--region', choices=['heart', 'all'], default='heart', help='the located heart, or the whole volume (phantoms)')
-    o('--mask', metavar='FILE', help='score this mask (NIfTI, NRRD); labels 1 LM, 2 LAD, 3 LCX, 4 RCA, else other')
+    o('--mask', metavar='FILE', help='mask to be scored (NIfTI, NRRD, DICOM SEG); labels 1 LM, 2 LAD, 3 LCX, 4 RCA')
     o('--clicks', metavar='FILE', help='JSON of points: a lesion grows from each')
     o('--series', default='auto', metavar='UID', help='which series of a study; auto says which it took and why')
     o('--scheme', default='jfr2020', help='category scheme (default %(default)s)')

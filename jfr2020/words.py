@@ -180,6 +180,7 @@ TITLES = dict( # code of a finding or a refusal, or name of a rule that rejects 
     DEFLATE_BOMB=('Above the limits', 'Au-delà des limites'),
     ZIP=('Zip archive', 'Archive zip'),
     ARCHIVE=('Archive not opened', 'Archive non ouverte'),
+    NOT_WRITTEN=('Not written', 'Non écrit'),
     MASK_GRID=('Mask on another grid', 'Masque sur une autre grille'),
     MASK_SERIES=('Mask of another series', 'Masque d’une autre série'),
     NOT_NIFTI=('Not NIfTI', 'Pas du NIfTI'),
