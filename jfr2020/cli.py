@@ -184,7 +184,8 @@ def _score_options(p):
     o('-o', '--out', metavar='OUT', required=True, help='folder for scores.csv, scores.json, reports and masks')
     o('--model', default='default', help='default: the embedded model (none yet: rules alone); none: rules alone')
     o('--region', choices=['heart', 'all'], default='heart', help='the located heart, or the whole volume (phantoms)')
-    o('--mask', metavar='FILE', help='mask to be scored (NIfTI, NRRD, DICOM SEG); labels 1 LM, 2 LAD, 3 LCX, 4 RCA')
+    labels = 'labels 1 LM, 2 LAD, 3 LCX, 4 RCA, else other'
+    o('--mask', metavar='FILE', help=f'score this mask (NIfTI, NRRD, DICOM SEG); {labels}')
     o('--clicks', metavar='FILE', help='JSON of points: a lesion grows from each')
     o('--series', default='auto', metavar='UID', help='which series of a study; auto says which it took and why')
     o('--scheme', default='jfr2020', help='category scheme (default %(default)s)')
