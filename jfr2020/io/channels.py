@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'SAME_MM', 'BLOCK', 'ROWS', 'LEAST_STD', 'NiftiHead', 'nifti_head', 'channel_stream', 'corner_mm',
            'check_same_space', 'read_channels', 'channel_moments', 'standard_numbers', 'standardise', 'unstandardise']
 
-# %% ../../nbs/11a_io.channels.ipynb #d36a4883
+# %% ../../nbs/11a_io.channels.ipynb #36c57099
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..volume import *
 from .nifti import *
 from .nifti import _load_nifti, _nifti_affine, AGAIN
 
-# %% ../../nbs/11a_io.channels.ipynb #aaedcb2d
+# %% ../../nbs/11a_io.channels.ipynb #94204924
 @dataclass(frozen=True, eq=False)
 class NiftiHead:
     "What a NIfTI file says of its voxels, which are not read yet"
@@ -56,7 +56,7 @@ def nifti_head(
     return NiftiHead(Path(path), Geometry(shape[2::-1], A[:,[2,1,0,3]]), many[0] if many else 0, kind,
                      (float(img.dataobj.slope), float(img.dataobj.inter)), offset, packed)
 
-# %% ../../nbs/11a_io.channels.ipynb #9be626b0
+# %% ../../nbs/11a_io.channels.ipynb #b6220ed8
 PIECE = 1<<16 # compressed bytes read at once
 
 class _Bytes: # the unpacked bytes of a file, read in order
@@ -92,7 +92,8 @@ def channel_stream(
     head:NiftiHead, # from `nifti_head`
 ): # yields (D*H*W,) float32, one array a channel, in the order of the file; the same memory each time
     "The channels of a file one after the other, scaled as its header says"
-    raw = np.empty(int(np.prod(head.geometry.shape)), head.dtype)
+    n = int(np.prod(head.geometry.shape))
+    raw, out = np.empty(n, head.dtype), np.empty(n, 'f4')
     try:
         with open(head.path, 'rb') as f:
             source = _Bytes(f, head.packed)
@@ -100,25 +101,30 @@ def channel_stream(
             for k in range(max(1, head.channels)):
                 source.into(memoryview(raw).cast('B'))
                 if k == max(1, head.channels)-1: source.finish()
-                yield _scaled(raw, head)
+                with np.errstate(over='ignore'): np.copyto(out, raw if head.plain else _scaled(raw, head), 'unsafe')
+                yield out
     except (EOFError, OSError, zlib.error) as e:
         raise VolumeFileError('the voxels end early or are damaged', 'TRUNCATED', AGAIN) from e
 
-def _scaled(raw, head):
-    if not head.plain: raw = raw.astype('f8')*head.scale[0] + head.scale[1]
-    with np.errstate(over='ignore'): return raw.astype('f4', copy=False)
+def _scaled(raw, head): return raw.astype('f8')*head.scale[0] + head.scale[1]
 
-# %% ../../nbs/11a_io.channels.ipynb #bade70bd
+# %% ../../nbs/11a_io.channels.ipynb #913722c5
 SAME_MM = 1e-3 # mm at the corners; NIfTI's own rounding is below it
 BLOCK = 16 # channels that wait to be put side by side
+
+def _corners(g): # (8,3) RAS+ mm
+    return g.to_world(np.array(np.meshgrid(*[(0,n-1) for n in g.shape])).reshape(3,-1).T)
+
+def _same_corners(a, b, tol): # in any order
+    d = np.linalg.norm(_corners(a)[:,None]-_corners(b)[None], axis=2)
+    return bool((d.min(0) <= tol).all() and (d.min(1) <= tol).all())
 
 def corner_mm(
     a:Geometry, # one grid
     b:Geometry, # another of the same shape
 ) -> float: # mm
     "How far the corners of two grids are apart, at most"
-    corners = np.array(np.meshgrid(*[(0,n-1) for n in a.shape])).reshape(3,-1).T
-    return float(np.linalg.norm(a.to_world(corners)-b.to_world(corners), axis=1).max())
+    return float(np.linalg.norm(_corners(a)-_corners(b), axis=1).max())
 
 def check_same_space(
     a:Geometry, # the grid needed
@@ -128,6 +134,9 @@ def check_same_space(
 ):
     "Raise `GeometryError` naming both where two grids differ"
     fix = 'resample one onto the other, or take the files of one space'
+    if not a.matches(b, tol) and _same_corners(a, b, tol):
+        text = f'{names[1]} has the voxels of {names[0]}, but its axes run {b.code} instead of {a.code}'
+        raise GeometryError(text, 'AXES', 'reorient one of them, or let each have a grid of its own')
     if a.shape != b.shape:
         raise GeometryError(f'{names[1]} has {b.shape} voxels, {names[0]} {a.shape} (D,H,W)', 'SPACE', fix)
     if (mm := corner_mm(a, b)) > tol:
@@ -155,7 +164,7 @@ def read_channels(
             if n == len(block) or c+n == total: _beside(out, block, c, n); c, n = c+n, 0
     return FeatureVolume(out.reshape(*grid.shape, total), grid), counts
 
-# %% ../../nbs/11a_io.channels.ipynb #3ce90ef6
+# %% ../../nbs/11a_io.channels.ipynb #951f069f
 ROWS = 1<<13 # voxels looked at together
 
 def channel_moments(
@@ -176,7 +185,7 @@ def channel_moments(
         mean += (own-mean)*(k/(n+k)); n += k
     return n, mean, m2
 
-# %% ../../nbs/11a_io.channels.ipynb #61799a81
+# %% ../../nbs/11a_io.channels.ipynb #4338fced
 LEAST_STD = 1e-6 # as in dwi_ml: below it a channel is taken as constant
 
 def standard_numbers(

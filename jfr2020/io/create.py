@@ -6,23 +6,24 @@
 __all__ = ['read_lists', 'subjects_folder', 'SubjectPlan', 'plan_subject', 'missing_table', 'inputs_hash', 'make_subject',
            'StoreMade', 'create_store']
 
-# %% ../../nbs/13c_io.create.ipynb #9dbc6831
+# %% ../../nbs/13c_io.create.ipynb #408444bf
 import json, multiprocessing, signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ..errors import *
-from ..config import content_hash, value_hash
+from ..config import value_hash
 from .channels import *
 from .storeconfig import *
 from .groups import *
 from .shard import *
 from .hdf5 import *
 
-# %% ../../nbs/13c_io.create.ipynb #030b278f
+# %% ../../nbs/13c_io.create.ipynb #d1c1632e
 def read_lists(
     lists:dict, # training, validation, testing -> names, or the path of a text file of names
 ) -> dict: # the same three -> tuple of names
@@ -56,7 +57,7 @@ def _everyone(root): # folders of subjects
     try: return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')))
     except OSError as e: raise StoreError(f'the folder of subjects cannot be read: {e.strerror}', 'NO_FOLDER') from e
 
-# %% ../../nbs/13c_io.create.ipynb #dabfc7ef
+# %% ../../nbs/13c_io.create.ipynb #d375fe1f
 @dataclass(frozen=True)
 class SubjectPlan:
     "The files of one subject by group, and what is wrong with them"
@@ -103,7 +104,7 @@ def _refuse_incomplete(plans):
     raise StoreError(f'{bad} of {len(plans)} subjects are not complete: ' + '; '.join(lines), 'INCOMPLETE',
                      'mend them, or leave them out by incomplete="skip"')
 
-# %% ../../nbs/13c_io.create.ipynb #4acf82c7
+# %% ../../nbs/13c_io.create.ipynb #7610c79e
 def _all_files(path): # a folder stands for what lies in it
     return sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
 
@@ -113,7 +114,7 @@ def inputs_hash(
 ) -> str: # 16 hex digits
     "Names a subject by the bytes of its files and by the config"
     paths = {g: [*files, *plan.beside[g]] for g,files in plan.files.items()}
-    once = {p: content_hash(_all_files(p)) for files in paths.values() for p in files}
+    once = {p: sorted(map(file_sha256, _all_files(p))) for p in dict.fromkeys(p for v in paths.values() for p in v)}
     return value_hash(dict(schema=STORE_SCHEMA, config=config.as_dict(),
                            files={g: [once[p] for p in files] for g,files in paths.items()}))
 
@@ -152,7 +153,7 @@ def make_subject(
                        {g.name: read_table_group(g, plan.files[g.name]) for g in config.tables},
                        dict(inputs=name, config=json.dumps(config.as_dict(), sort_keys=True)))
 
-# %% ../../nbs/13c_io.create.ipynb #74047cb4
+# %% ../../nbs/13c_io.create.ipynb #bffc3027
 @dataclass(frozen=True)
 class StoreMade:
     "What became of each subject"
@@ -222,7 +223,7 @@ def _one_job(config, store, known, overwrite, parts): # in a worker; parts of a 
     except JfrError: raise
     except Exception as e: raise _as_refusal(plan.subject, e) from None
 
-# %% ../../nbs/13c_io.create.ipynb #ae1c9889
+# %% ../../nbs/13c_io.create.ipynb #12228fbc
 def create_store(
     config:StoreConfig, # from `load_store_config` or `read_store_config`
     folder:Path, # one folder a subject, in itself or in dwi_ml_ready
@@ -254,13 +255,14 @@ def _make_all(w, config, plans, refused, workers, overwrite, progress): # -> sub
     from jfr2020.io.create import _one_job # by name, as above
     job = partial(_one_job, config, w.folder, _known(w.folder), overwrite)
     parts = [(p.subject, p.files, p.beside, p.wrong) for p in plans]
-    for (s,*_),out in _each(job, parts, min(workers, max(1, len(plans)))):
-        ended += 1
-        if isinstance(out, Exception):
-            refused[s] = e = _as_refusal(s, out)
-            if type(e) is StoreError and e.code == 'DISK': raise e
-        elif out is None: skipped.add(s)
-        else: w.commit(out, overwrite); done.add(s)
-        said = 'refused' if s in refused else 'there already' if s in skipped else 'written'
-        if progress: progress(ended, total, f'{s} {said}')
+    with closing(_each(job, parts, min(workers, max(1, len(plans))))) as results: # no worker outlives the lock
+        for (s,*_),out in results:
+            ended += 1
+            if isinstance(out, Exception):
+                refused[s] = e = _as_refusal(s, out)
+                if type(e) is StoreError and e.code == 'DISK': raise e
+            elif out is None: skipped.add(s)
+            else: w.commit(out, overwrite); done.add(s)
+            said = 'refused' if s in refused else 'there already' if s in skipped else 'written'
+            if progress: progress(ended, total, f'{s} {said}')
     return done, skipped
