@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STORE_SCHEMA', 'STORAGES', 'KINDS', 'check_name', 'shard_name', 'chunk_shape', 'plain_attr', 'from_half',
-           'shard_content', 'WrittenShard', 'open_hdf5', 'write_shard', 'file_sha256', 'need_filters', 'open_shard',
-           'examine_shard']
+           'shard_content', 'WrittenShard', 'write_hdf5', 'open_hdf5', 'write_shard', 'file_sha256', 'need_filters',
+           'open_shard', 'examine_shard']
 
 # %% ../../nbs/12a_io.shard.ipynb #b7fa344c
 import hashlib, json, os, re, secrets
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -51,7 +51,7 @@ def chunk_shape(
     "Nearly equal pieces of at most 64 an axis for grids, whole rows for lists, never above 4 MiB"
     if len(shape) < 3: # a list: whole rows
         row = itemsize*int(np.prod(shape[1:]))
-        return (max(1, min(shape[0], (1<<18)//max(row, 1))), *shape[1:])
+        return (max(1, min(shape[0], _SMALL//max(row, 1))), *shape[1:])
     side, rest = 64, itemsize*int(np.prod(shape[3:]))
     while side > 8 and rest*int(np.prod([min(n, side) for n in shape[:3]])) > _CHUNK: side //= 2
     return (*[-(-n//-(-n//side)) for n in shape[:3]], *shape[3:])
@@ -112,7 +112,7 @@ def plain_attr(
 def _texts(attrs): return {k: _fixed(np.asarray(v), k) if isinstance(v, str) else v for k,v in attrs.items()}
 
 class _Shard: # an open file that is being written, and the hash of every array in it
-    def __init__(self, h5, path): self.h5, self.path, self.sets = h5, path, {}
+    def __init__(self, h5, path, check): self.h5, self.path, self.check, self.sets = h5, path, check, {}
 
     def put(self, at, a, storage='contiguous', text=False):
         a = a if text else _numbers(a, at)
@@ -120,6 +120,7 @@ class _Shard: # an open file that is being written, and the hash of every array 
         sha = hashlib.sha256(a).hexdigest()
         with _disk(self.path):
             d = self.h5.create_dataset(at, data=a, **kept)
+            self.check()
             d.attrs.update(_texts(dict(sha256=sha)))
         self.sets[at] = dict(sha256=sha, dtype=a.dtype.str, shape=list(a.shape))
 
@@ -234,28 +235,74 @@ class WrittenShard:
     part:Path # where it is now
     entry:dict # what the index will say: file, bytes, sha256, content, sets
 
+_NEW = dict(libver=('v110','v110'), alignment_threshold=_SMALL, alignment_interval=4096) # checksums; pages for maps
+
+class _Sink: # the file under HDF5: a refused write is kept here, for HDF5 goes on with zeros, or crashes, after one
+    def __init__(self, path, flags):
+        self.fd, self.at, self.error = os.open(path, os.O_RDWR|flags, 0o644), 0, None
+
+    def seek(self, at, whence=0):
+        self.at = at + (0, self.at, os.fstat(self.fd).st_size)[whence]
+        return self.at
+
+    def tell(self): return self.at
+
+    def _go(self, job, *a): # `job` of the file at this place, or 0
+        if self.error: return 0
+        try: os.lseek(self.fd, self.at, 0); return job(self.fd, *a)
+        except OSError as e: self.error = e; return 0
+
+    def readinto(self, b):
+        part = self._go(os.read, memoryview(b).nbytes) or b''
+        memoryview(b).cast('B')[:len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def write(self, b):
+        left, n = memoryview(b).cast('B'), memoryview(b).nbytes
+        while len(left) and (k := self._go(os.write, left)): self.at, left = self.at+k, left[k:]
+        return n # whatever happened
+
+    def truncate(self, size=None): self._go(os.ftruncate, self.at if size is None else size)
+
+    read = flush = lambda self, *a: None # HDF5 uses `readinto`; the disk is waited for at the end
+
+@contextmanager
+def write_hdf5(
+    path:Path, # an HDF5 file
+    mode:str='w', # 'w' make new, 'r+' change
+): # h5py.File, and a function that raises when the disk has refused a write
+    "The one way in which HDF5 files are written: checksums on names and attributes, flushed to the disk at the end"
+    import h5py
+    path = Path(path)
+    try: sink = _Sink(path, os.O_CREAT|os.O_TRUNC if mode == 'w' else 0)
+    except OSError as e: raise disk_error(e, path) from e
+    def check():
+        if sink.error: raise disk_error(sink.error, path.with_name(path.name[-19:])) from sink.error
+    try:
+        h5 = h5py.File(sink, mode, **_NEW)
+        try: yield h5, check
+        except Exception: check(); raise # a refused write explains what came after it
+        finally: h5.close()
+        sink._go(os.fsync); check()
+    finally: os.close(sink.fd)
+
 def open_hdf5(
     path:Path, # an HDF5 file
-    mode:str='r', # 'r' read, 'w' make new, 'r+' change
+    mode:str='r', # 'r' read, 'w' make new, 'r+' change: both for tests, since HDF5 loses data when the disk is full
 ): # h5py.File
-    "The one way in which HDF5 files are opened here: no locks, new ones with checksums on names and attributes"
+    "The one way in which HDF5 files are opened here: without locks"
     import h5py
-    new = dict(libver=('v110','v110'), alignment_threshold=_SMALL, alignment_interval=4096) if mode == 'w' else {}
-    return h5py.File(path, mode, locking=False, **new)
+    return h5py.File(path, mode, locking=False, **(_NEW if mode == 'w' else {}))
 
 def _fill(part, subject, groups, attrs): # write everything -> content, sets
-    with _disk(part): h5 = open_hdf5(part, 'w')
-    try:
-        out = _Shard(h5, part.with_name(part.name[-19:]))
+    with write_hdf5(part) as (h5, check):
+        out = _Shard(h5, part.with_name(part.name[-19:]), check)
         out.note('/', dict(schema=STORE_SCHEMA, subject=subject, version=__version__), attrs)
         for put,values in groups:
             for name,value in values.items(): put(out, name, value)
-        with _disk(part):
-            content = shard_content(h5)
-            h5.attrs.update(_texts(dict(content=content)))
-            h5.close()
-    finally:
-        with suppress(Exception): h5.close() # after a full disk HDF5 cannot close cleanly
+        content = shard_content(h5)
+        h5.attrs.update(_texts(dict(content=content)))
     return content, out.sets
 
 def write_shard(
@@ -330,9 +377,10 @@ def open_shard(
     except (OSError, RuntimeError) as e:
         raise StoreError(f'{whose} is not a whole HDF5 file', 'CHANGED', 'see store check') from e
     try: schema, name = (plain_attr(h5.attrs[k]) if k in h5.attrs else None for k in ('schema', 'subject'))
-    except Exception: schema, name = 'damaged', None # in many ways
+    except Exception: schema, name = '', None # in many ways
     said = None
-    if schema is None: said = 'is an HDF5 file, but not of a store', 'FOREIGN', 'import_store reads other layouts'
+    if schema == '': said = 'has damaged names or attributes', 'CHANGED', 'see store check'
+    elif schema is None: said = 'is an HDF5 file, but not of a store', 'FOREIGN', 'import_store reads other layouts'
     elif schema != STORE_SCHEMA: said = (f'has the layout {schema!r:.40}, {STORE_SCHEMA} is read here', 'SCHEMA',
                                          'use the version of jfr2020 that wrote it')
     elif subject not in (None, name): said = f'says it is of {name!r:.60}', 'CHANGED', 'see store check'
