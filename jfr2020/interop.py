@@ -16,6 +16,7 @@ from . import __version__
 from .errors import *
 from .geometry import *
 from .volume import *
+from .view import *
 from .config import *
 from .io.header import *
 from .io.series import *
@@ -154,11 +155,12 @@ def _segments(series, labels, result, made): # one description a segment
     hd = import_extra('highdicom', 'dicomout', 'writing DICOM objects')
     said = dict(p.split('=', 1) for p in _parameters(result)) or None
     how = hd.AlgorithmIdentificationSequence('jfr2020', _family(result), __version__, parameters=said)
-    def one(n, vessel):
+    def one(n, k):
+        vessel, rgb = VESSELS[k], bytes.fromhex(label_colour(k)[1:])
         return hd.seg.SegmentDescription(n, vessel, _term('abnormal'), _term('calcification'), made, how,
             anatomic_regions=[_site(vessel)], tracking_id=f'jfr2020 {vessel}',
-            tracking_uid=make_uid('tracking', series.uid, vessel))
-    return [one(n, VESSELS[k]) for n,k in enumerate(labels, 1)]
+            tracking_uid=make_uid('tracking', series.uid, vessel), display_color=hd.color.CIELabColor.from_rgb(*rgb))
+    return [one(n, k) for n,k in enumerate(labels, 1)]
 
 def _steady(ds, uid): # highdicom draws the UID of the frames' order; the same order, the same UID
     for item in (*ds.DimensionOrganizationSequence, *ds.DimensionIndexSequence): item.DimensionOrganizationUID = uid
@@ -184,6 +186,7 @@ def write_seg(
             **_equipment('seg', series, 901, content), manufacturer_model_name='jfr2020', software_versions=__version__,
             device_serial_number=__version__, content_label='CORONARY_CALCIUM',
             content_description='Research, not for diagnosis', content_date=date, content_time=time)
+        ds.ContentCreatorName = ''
         _steady(ds, make_uid('dimensions', ds.SOPInstanceUID))
         return _save(ds, sources[0], path)
 

@@ -1,5 +1,5 @@
 "DICOM segmentations and structured reports: what a validator, other readers and our own reader say of them."
-import logging, shutil, subprocess, traceback, warnings
+import json, logging, shutil, subprocess, traceback, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +153,32 @@ def test_sites_and_types_of_the_segments(case):
     assert s.SegmentAlgorithmType == 'AUTOMATIC' and 'threshold=130 HU' not in s.SegmentLabel
     refs = {o.ReferencedSOPInstanceUID for o in ds.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
     assert refs == {h.get('SOPInstanceUID') for h in case['series'].headers}
+
+
+def run_dcmqi(name, *args):
+    if not shutil.which(name): pytest.skip(f'{name} (dcmqi) is not installed')
+    done = subprocess.run([name, *map(str, args)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_dcmqi_reads_the_same_numbers(case, tmp_path):
+    run_dcmqi('tid1500reader', '--inputDICOM', case['sr'], '--outputMetadata', tmp_path/'sr.json')
+    got = {g['TrackingIdentifier'].split()[-1]: g for g in json.loads((tmp_path/'sr.json').read_text())['Measurements']}
+    score = case['result'].score
+    for k, v in dict(score.vessels, total=score).items():
+        if k == 'other': continue
+        numbers = [float(m['value']) for m in got[k]['measurementItems']]
+        assert np.allclose(numbers, [v.agatston, v.volume_mm3, v.mass_mg], atol=1e-3), k
+    assert [got[k].get('ReferencedSegment') for k in ('LM', 'LAD', 'LCX', 'RCA')] == [None, 1, 2, 3]
+
+
+def test_dcmqi_writes_what_we_read(case, tmp_path):
+    "Its own segmentation of the same voxels, from the masks it took out of ours"
+    run_dcmqi('segimage2itkimage', '--inputDICOM', case['seg'], '--outputDirectory', tmp_path, '-t', 'nifti')
+    masks = ','.join(str(tmp_path/f'{k}.nii.gz') for k in (1, 2, 3))
+    run_dcmqi('itkimage2segimage', '--inputImageList', masks, '--inputDICOMDirectory', case['series'].files[0].parent,
+              '--outputDICOM', tmp_path/'other.dcm', '--inputMetadata', tmp_path/'meta.json')
+    assert np.array_equal(read_seg(tmp_path/'other.dcm', case['ct'], case['series'].facts).data, case['mask'].data)
 
 
 # pitfalls
@@ -462,7 +488,6 @@ def test_unwritable(case):
 def test_a_segmentation_is_scored_as_the_mask_it_is(tmp_path):
     from jfr2020.cli import run_command
     from jfr2020.io.nifti import write_nifti
-    import json
     s, ct, mask, result = made(tmp_path/'ct', *scan())
     write_seg(mask, s, tmp_path/'seg.dcm')
     write_nifti(mask, tmp_path/'mask.nii.gz')
