@@ -11,7 +11,7 @@ from nibabel.streamlines import ArraySequence, Tractogram, TrkFile
 import jfr2020.io.create as create
 from jfr2020.errors import ConfigError, GeometryError, StoreError
 from jfr2020.io.channels import channel_moments, nifti_head, read_channels
-from jfr2020.io.create import create_store, read_lists
+from jfr2020.io.create import create_store, study_lists
 from jfr2020.io.groups import find_volume, read_volume_group
 from jfr2020.io.hdf5 import H5Store
 from jfr2020.io.nifti import VolumeFileError, write_nifti
@@ -221,11 +221,11 @@ def test_any_config_is_read_or_refused(d):
 
 def test_lists(tmp_path):
     (tmp_path/'a.txt').write_text('s1\ts2  s3\n\n s4')
-    assert read_lists(dict(testing=tmp_path/'a.txt'))['testing'] == ('s1','s2','s3','s4')
+    assert study_lists(dict(testing=tmp_path/'a.txt'))['testing'] == ('s1','s2','s3','s4')
     (tmp_path/'empty.txt').write_text('')
-    assert read_lists(dict(training=tmp_path/'empty.txt'))['training'] == ()
-    with pytest.raises(ConfigError, match='twice in training'): read_lists(dict(training=['a','b','a']))
-    with pytest.raises(ConfigError, match='in training and in testing'): read_lists(dict(training=['a'], testing=['a']))
+    assert study_lists(dict(training=tmp_path/'empty.txt'))['training'] == ()
+    with pytest.raises(ConfigError, match='twice in training'): study_lists(dict(training=['a','b','a']))
+    with pytest.raises(ConfigError, match='in training and in testing'): study_lists(dict(training=['a'], testing=['a']))
 
 
 # ---------------------------------------------------------------- what goes wrong between files
