@@ -117,11 +117,13 @@ def _run_synth(
 ) -> int: # exit code
     "`jfr2020 synth`: synthetic data with known answers"
     from jfr2020.datasets import write_cohort, write_qrm
+    from jfr2020.dwicohort import write_dwi_cohort
     progress = Progress()
-    make = {'ct': write_cohort, 'qrm': write_qrm}[a.kind]
+    make = {'ct': write_cohort, 'qrm': write_qrm, 'dwi': write_dwi_cohort}[a.kind]
     truth = make(a.out, n=a.n, seed=a.seed, progress=progress)
     progress.close()
-    sys.stderr.write(f'{len(truth)} synthetic series in {a.out}, truth in truth.csv\n')
+    what = 'subjects, config.json for `store create`' if a.kind == 'dwi' else 'series, truth in truth.csv'
+    sys.stderr.write(f'{len(truth)} synthetic {what}, in {a.out}\n')
     return DONE
 
 def _run_demo(
@@ -145,7 +147,7 @@ def _run_info(
     return DONE
 
 # %% ../nbs/71_cli.ipynb #415f5454
-LIBRARIES = 'numpy scipy pandas pydicom nibabel matplotlib jinja2 torch fastai'.split()
+LIBRARIES = 'numpy scipy pandas pydicom nibabel h5py matplotlib jinja2 torch fastai'.split()
 CODECS = dict(imagecodecs='JPEG lossless, JPEG-LS, JPEG 2000', openjpeg='JPEG 2000', jpeg_ls='JPEG-LS') # module -> what
 
 def _version(name):
@@ -201,10 +203,26 @@ def _score_options(p):
     o('--resume', action=flag, default=True, help='skip what is done already (default yes)')
 
 def _synth_options(p):
-    p.add_argument('kind', choices=['ct', 'qrm'], help='ct: patients; qrm: the calcification phantom')
-    p.add_argument('-o', '--out', metavar='OUT', required=True, help='folder to write DICOM series and truth.csv into')
+    p.add_argument('kind', choices=['ct', 'qrm', 'dwi'],
+                   help='ct: patients; qrm: the calcification phantom; dwi: heads with known streamlines')
+    p.add_argument('-o', '--out', metavar='OUT', required=True, help='folder to write into')
     p.add_argument('-n', type=_positive, default=4, metavar='N', help='how many (default %(default)s)')
     p.add_argument('--seed', type=int, default=0, metavar='S', help='of the random numbers (default %(default)s)')
+
+def _run_store(
+    a, # parsed arguments
+) -> int: # exit code
+    "`jfr2020 store`: volumes and streamlines of many subjects in HDF5, whole or absent"
+    from jfr2020.storecmd import run_store
+    progress = Progress()
+    answer = run_store(a, progress)
+    progress.close()
+    _out(json.dumps(dict(schema=f'jfr2020.store-{a.what}/1', **answer.data)) if a.json else answer.text)
+    return DONE if not answer.refused else SOME_REFUSED if answer.refused < answer.total else ALL_REFUSED
+
+def _store_options(p):
+    from jfr2020.storecmd import store_options
+    store_options(p)
 
 def _series_options(p): p.add_argument('inputs', nargs='+', metavar='INPUT', help='DICOM folder or .zip')
 def _demo_options(p): p.add_argument('-o', '--out', metavar='OUT', required=True, help='folder for cohort and report')
@@ -212,11 +230,12 @@ def _no_options(p): pass
 
 COMMANDS = dict(score=(_run_score, _score_options, True), series=(_run_series, _series_options, True),
                 demo=(_run_demo, _demo_options, False), synth=(_run_synth, _synth_options, False),
+                store=(_run_store, _store_options, False),
                 info=(_run_info, _no_options, True)) # name -> (run, options, has --json)
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the command line, one subparser per row of `COMMANDS`"
-    about = 'From a folder of DICOM files to a coronary calcium score.'
+    about = 'Coronary calcium scores from DICOM folders; volumes and streamlines in an HDF5 store.'
     top = argparse.ArgumentParser('jfr2020', description=about, epilog=NOTICE['en'])
     subs = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,(run,options,has_json) in COMMANDS.items():
@@ -232,6 +251,9 @@ WHOSE = {**dict.fromkeys(('DISK', 'MISSING_EXTRA', 'BUSY'), ENVIRONMENT), **dict
 
 def _refused(a, e): return CaseResult('', plain_text(' '.join(a.inputs)), refusal=e)
 
+def _store_refusal(a, e):
+    return dict(schema=f'jfr2020.store-{a.what}/1', refusal=dict(code=e.code, cause=e.cause, fix=e.fix))
+
 def run_command(
     argv=None, # list of words; those of the process when absent
 ) -> int: # exit code
@@ -242,6 +264,7 @@ def run_command(
     except JfrError as e:
         say(e)
         if a.command == 'score' and a.json: _out(json.dumps(scores_json([case_json(_refused(a, e))])))
+        if a.command == 'store' and a.json: _out(json.dumps(_store_refusal(a, e)))
         return WHOSE.get(e.code, ALL_REFUSED)
     except KeyboardInterrupt:
         say('stopped; run the same command again to go on')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESAMPLE', 'PARTS', 'STORE_COMMANDS', 'StoreAnswer', 'with_resampling', 'subject_facts', 'store_options', 'run_store']
 
-# %% ../nbs/70b_storecmd.ipynb #bb1242be
+# %% ../nbs/70b_storecmd.ipynb #8303c36e
 import argparse
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from .io.check import *
 from .io.create import *
 from .io.pack import *
 
-# %% ../nbs/70b_storecmd.ipynb #63b732eb
+# %% ../nbs/70b_storecmd.ipynb #d2eccd04
 @dataclass(frozen=True)
 class StoreAnswer:
     "What a subcommand of `store` says"
@@ -31,7 +31,7 @@ class StoreAnswer:
 def _remarks(found): return [dict(code=f.code, text=f.text) for f in found]
 def _lines(*parts): return '\n'.join(str(p) for p in parts if p not in ('', None))
 
-# %% ../nbs/70b_storecmd.ipynb #671bc06a
+# %% ../nbs/70b_storecmd.ipynb #112f0a20
 RESAMPLE = dict(step_mm='mm between points', nb_points='points a streamline',
                 compress_mm='mm a line may move when points are left out')
 PARTS = ('training', 'validation', 'testing')
@@ -58,7 +58,7 @@ def _create(a, progress):
     data = dict(written=list(made.done), there_already=list(made.skipped), refused=bad, remarks=_remarks(made.findings))
     return StoreAnswer(str(made), data, len(bad), len(made.done)+len(made.skipped)+len(bad))
 
-# %% ../nbs/70b_storecmd.ipynb #e06270fc
+# %% ../nbs/70b_storecmd.ipynb #9d007619
 def subject_facts(
     store:H5Store, # open
     subject:str, # in it
@@ -81,7 +81,8 @@ def _subject_text(name, f):
     size = lambda shape: ' x '.join(map(str, shape))
     spacing = lambda v: size(f'{d:g}' for d in v['spacing_mm'])+' mm'
     return _lines(f'{name}' + (f' ({", ".join(f["lists"])})' if f['lists'] else ''),
-        *(row(n, v['kind'], size(v['shape']), spacing(v), v['dtype'], v['unit'] or 'no unit') for n,v in f['volumes'].items()),
+        *(row(n, v['kind'], size(v['shape']), spacing(v), v['dtype'], v['unit'] or 'no unit')
+          for n,v in f['volumes'].items()),
         *(row(n, f'{l["lines"]} lines', f'{l["points"]} points', *l['per_line']) for n,l in f['streamlines'].items()),
         *(row(n, 'table') for n in f['tables']))
 
@@ -101,7 +102,7 @@ def _check(a, progress):
     return StoreAnswer(_lines(*found, 'not as it was written' if bad else 'every bit is as it was written'),
                        dict(whole=not bad, faults=faults), min(len(whose), total), total)
 
-# %% ../nbs/70b_storecmd.ipynb #31123660
+# %% ../nbs/70b_storecmd.ipynb #e65de8e3
 def _extract(a, progress):
     path = extract(a.store, a.subject, a.group, a.out)
     return StoreAnswer(f'wrote {path.name}', dict(file=path.name))
@@ -116,7 +117,7 @@ def _import(a, progress):
     n = len(H5Store(a.out))
     return StoreAnswer(_lines(*found, f'{n} subjects in the store'), dict(subjects=n, remarks=_remarks(found)))
 
-# %% ../nbs/70b_storecmd.ipynb #58ed9a57
+# %% ../nbs/70b_storecmd.ipynb #9d308670
 def _workers(text):
     if text.isdigit() and 1 <= int(text) <= 256: return int(text)
     raise argparse.ArgumentTypeError(f'a number from 1 to 256, got {text!r}')
