@@ -6,7 +6,7 @@
 __all__ = ['study_lists', 'subjects_folder', 'SubjectPlan', 'plan_subject', 'missing_table', 'inputs_hash', 'make_subject',
            'StoreMade', 'create_store']
 
-# %% ../../nbs/13c_io.create.ipynb #ade2378a
+# %% ../../nbs/13c_io.create.ipynb #fb6b8adc
 import json, multiprocessing, signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +23,7 @@ from .groups import *
 from .shard import *
 from .hdf5 import *
 
-# %% ../../nbs/13c_io.create.ipynb #92d3aaf8
+# %% ../../nbs/13c_io.create.ipynb #bbbcd85a
 def study_lists(
     lists:dict, # training, validation, testing -> names, or the path of a text file of names
 ) -> dict: # the same three -> tuple of names
@@ -57,7 +57,7 @@ def _everyone(root): # folders of subjects
     try: return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')))
     except OSError as e: raise StoreError(f'the folder of subjects cannot be read: {e.strerror}', 'NO_FOLDER') from e
 
-# %% ../../nbs/13c_io.create.ipynb #d63e655c
+# %% ../../nbs/13c_io.create.ipynb #5fc50958
 @dataclass(frozen=True)
 class SubjectPlan:
     "The files of one subject by group, and what is wrong with them"
@@ -104,7 +104,7 @@ def _refuse_incomplete(plans):
     raise StoreError(f'{bad} of {len(plans)} subjects are not complete: ' + '; '.join(lines), 'INCOMPLETE',
                      'mend them, or leave them out by incomplete="skip"')
 
-# %% ../../nbs/13c_io.create.ipynb #3088e262
+# %% ../../nbs/13c_io.create.ipynb #ad064905
 def _all_files(path): # a folder stands for what lies in it
     return sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
 
@@ -153,7 +153,7 @@ def make_subject(
                        {g.name: read_table_group(g, plan.files[g.name]) for g in config.tables},
                        dict(inputs=name, config=json.dumps(config.as_dict(), sort_keys=True)))
 
-# %% ../../nbs/13c_io.create.ipynb #3af8f936
+# %% ../../nbs/13c_io.create.ipynb #e622e6ee
 @dataclass(frozen=True)
 class StoreMade:
     "What became of each subject"
@@ -223,7 +223,7 @@ def _one_job(config, store, known, overwrite, parts): # in a worker; parts of a 
     except JfrError: raise
     except Exception as e: raise _as_refusal(plan.subject, e) from None
 
-# %% ../../nbs/13c_io.create.ipynb #2b4e2f93
+# %% ../../nbs/13c_io.create.ipynb #2dd1745e
 def create_store(
     config:StoreConfig, # from `load_store_config` or `read_store_config`
     folder:Path, # one folder a subject, in itself or in dwi_ml_ready
