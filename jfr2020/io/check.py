@@ -24,28 +24,32 @@ class StoreFault(Finding):
 WELL_MEANT = ('NEWER', 'ORPHAN', 'TEMPORARY', 'PENDING') # a writer is at work, or was killed: no data are lost
 
 def _deep(subject, path, entry): # a file that is not as the index says: where
-    name, own, faults = examine_shard(path)
+    _, own, faults = examine_shard(path)
+    if own and not faults and own['content'] != entry['content']:
+        return [StoreFault('NEWER', f'{subject}: whole, but another version than in the index', subject)]
     sets = own['sets'] if own else {}
     for k,e in entry['sets'].items():
         if k in sets and sets[k] and sets[k] != e: faults.setdefault(k, 'its values are not those of the index')
         elif own and k not in sets: faults.setdefault(k, 'is gone')
-    if own and not faults and own['content'] != entry['content']:
-        return [StoreFault('NEWER', f'{subject}: whole, but another version than in the index', subject)]
     named = {k: v for k,v in faults.items() if k != 'structure'} or faults or dict(
         structure='bytes outside of its arrays are not those that were written')
     return [StoreFault('CHANGED', f'{subject}: {k}: {v}', subject, k) for k,v in named.items()]
 
 def _check_subject(folder, subject, entry):
     path = folder/'subjects'/entry['file']
-    if not path.is_file(): return [StoreFault('MISSING', f'{subject}: its file is gone', subject)]
+    if not path.is_file():
+        asked = Journal(folder/'changes.jsonl').read().get(path.name, {}).get('do') == 'remove'
+        return [StoreFault('PENDING', f'{subject}: is being removed', subject) if asked else
+                StoreFault('MISSING', f'{subject}: its file is gone', subject)]
     try:
         if path.stat().st_size == entry['bytes'] and file_sha256(path) == entry['sha256']: return []
-    except OSError as e: return [StoreFault('CHANGED', f'{subject}: cannot be read: {e.strerror}', subject, 'structure')]
+    except OSError as e: return [StoreFault('CHANGED', f'{subject}: unreadable: {e.strerror}', subject, 'structure')]
     return _deep(subject, path, entry)
 
 def _check_stray(path): # a file in subjects/ that is not in the index
-    if path.name.startswith(TEMPORARY): return StoreFault('TEMPORARY', f'{path.name}: unfinished, the next writer removes it')
-    if path.suffix != '.h5' or path.is_dir(): return StoreFault('FOREIGN', f'a {path.suffix or "nameless"} file among the subjects does not belong to a store')
+    if path.name.startswith(TEMPORARY): return StoreFault('TEMPORARY', 'an unfinished file: the next writer removes it')
+    if path.suffix != '.h5' or path.is_dir():
+        return StoreFault('FOREIGN', f'a {path.suffix or "nameless"} file among the subjects is not of a store')
     subject, entry, faults = examine_shard(path)
     if entry and not faults: return StoreFault('ORPHAN', f'{subject}: whole, the next writer takes it in', subject)
     k,v = next(iter(faults.items()))
@@ -80,10 +84,11 @@ def check_store(
         out += [f for f in found if index or f.code != 'ORPHAN'] # without an index, every file is one
         if progress: progress(i+1, len(every))
     for p in sorted(folder.iterdir()):
-        if p.name == 'changes.jsonl': out.append(StoreFault('PENDING', 'announced changes: the next writer finishes them'))
+        if p.name == 'changes.jsonl':
+            out.append(StoreFault('PENDING', 'announced changes: the next writer finishes them'))
         elif p.name.startswith(TEMPORARY): out.append(_check_stray(p))
         elif p.name not in ('index.json', 'lists.json', 'subjects', '.lock'):
-            out.append(StoreFault('FOREIGN', f'a {p.suffix or "nameless"} file or folder does not belong to a store'))
+            out.append(StoreFault('FOREIGN', f'a {p.suffix or "nameless"} file or folder is not of a store'))
     return out
 
 # %% ../../nbs/13a_io.check.ipynb #54cd315e
@@ -114,7 +119,7 @@ def reindex(
         for s,e in old.get('subjects', {}).items():
             if e['file'] not in files: out.append(StoreFault('MISSING', f'{s}: its file is gone', s))
             elif s in subjects and subjects[s]['content'] == e['content'] and subjects[s]['sha256'] != e['sha256']:
-                out.append(StoreFault('CHANGED', f'{s}: bytes outside of its arrays; the arrays are well', s, 'structure'))
+                out.append(StoreFault('CHANGED', f'{s}: bytes outside of its arrays, which are well', s, 'structure'))
         write_index(folder, subjects, lists, left_out)
         write_lists(folder, lists)
     return out
