@@ -107,7 +107,7 @@ def _check(ds, facts):
         kind = 'fractional' if kind == 'FRACTIONAL' else 'unknown'
         raise _not_seg(f'a binary segmentation or a label map needed, found a {kind} one', 'save it with a threshold')
     of = {q.get('SeriesInstanceUID') for q in ds.get('ReferencedSeriesSequence') or ()}
-    same = facts is None or ds.get('StudyInstanceUID') == facts.study_uid
+    same = facts is None or not facts.study_uid or ds.get('StudyInstanceUID') == facts.study_uid
     if not same or of and facts is not None and facts.uid not in of:
         what = 'another series of the study' if same else 'another study'
         fix = 'score the series it was drawn on'
