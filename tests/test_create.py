@@ -441,6 +441,13 @@ def dies(job):
     return job[0]*2
 
 
+def test_other_channels_are_remarked(mine, tmp_path):
+    make_subject(mine/'dwi_ml_ready/sub-2', 2, channels=3)
+    made = run(CONFIG, mine, tmp_path/'s')
+    assert len(made.done) == 3 and [f.code for f in made.findings] == ['CHANNELS']
+    assert '4 in 1 subjects (sub-2), 6 in 2 subjects (sub-0, ...)' in made.findings[0].text
+
+
 def test_a_worker_that_dies_takes_nobody_with_it():
     out = {j[0]: r for j,r in create._each(dies, [('a',), ('bad',), ('b',), ('c',)], 2)}
     assert (out['a'], out['b'], out['c']) == ('aa','bb','cc')

@@ -6,7 +6,7 @@
 __all__ = ['study_lists', 'subjects_folder', 'SubjectPlan', 'plan_subject', 'missing_table', 'inputs_hash', 'make_subject',
            'StoreMade', 'create_store']
 
-# %% ../../nbs/13c_io.create.ipynb #fb6b8adc
+# %% ../../nbs/13c_io.create.ipynb #5cd19522
 import json, multiprocessing, signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +23,7 @@ from .groups import *
 from .shard import *
 from .hdf5 import *
 
-# %% ../../nbs/13c_io.create.ipynb #bbbcd85a
+# %% ../../nbs/13c_io.create.ipynb #89485a1d
 def study_lists(
     lists:dict, # training, validation, testing -> names, or the path of a text file of names
 ) -> dict: # the same three -> tuple of names
@@ -57,7 +57,7 @@ def _everyone(root): # folders of subjects
     try: return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')))
     except OSError as e: raise StoreError(f'the folder of subjects cannot be read: {e.strerror}', 'NO_FOLDER') from e
 
-# %% ../../nbs/13c_io.create.ipynb #5fc50958
+# %% ../../nbs/13c_io.create.ipynb #bc79c293
 @dataclass(frozen=True)
 class SubjectPlan:
     "The files of one subject by group, and what is wrong with them"
@@ -104,7 +104,7 @@ def _refuse_incomplete(plans):
     raise StoreError(f'{bad} of {len(plans)} subjects are not complete: ' + '; '.join(lines), 'INCOMPLETE',
                      'mend them, or leave them out by incomplete="skip"')
 
-# %% ../../nbs/13c_io.create.ipynb #ad064905
+# %% ../../nbs/13c_io.create.ipynb #25f0b07c
 def _all_files(path): # a folder stands for what lies in it
     return sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
 
@@ -153,7 +153,7 @@ def make_subject(
                        {g.name: read_table_group(g, plan.files[g.name]) for g in config.tables},
                        dict(inputs=name, config=json.dumps(config.as_dict(), sort_keys=True)))
 
-# %% ../../nbs/13c_io.create.ipynb #e622e6ee
+# %% ../../nbs/13c_io.create.ipynb #0d2b76dc
 @dataclass(frozen=True)
 class StoreMade:
     "What became of each subject"
@@ -223,7 +223,7 @@ def _one_job(config, store, known, overwrite, parts): # in a worker; parts of a 
     except JfrError: raise
     except Exception as e: raise _as_refusal(plan.subject, e) from None
 
-# %% ../../nbs/13c_io.create.ipynb #2dd1745e
+# %% ../../nbs/13c_io.create.ipynb #39acb9ea
 def create_store(
     config:StoreConfig, # from `load_store_config` or `read_store_config`
     folder:Path, # one folder a subject, in itself or in dwi_ml_ready
@@ -248,7 +248,17 @@ def create_store(
         done, skipped = _make_all(w, config, [p for p in plans if not p.wrong], refused, workers, overwrite, progress)
         if lists: w.set_lists(**{k: [s for s in v if s in w.subjects] for k,v in parts.items()})
     order = lambda d: tuple(s for s in names if s in d)
-    return StoreMade(order(done), order(skipped), {s: refused[s] for s in order(refused)}, tuple(w.findings))
+    found = (*w.findings, *_unlike(store, config, order(done | skipped)))
+    return StoreMade(order(done), order(skipped), {s: refused[s] for s in order(refused)}, found)
+
+def _unlike(store, config, names): # remarks on groups whose channels are not as many in every subject
+    kept, out = H5Store(store), []
+    for g in config.volumes:
+        who = {}
+        for s in names: who.setdefault((*kept.entry(s)['sets'][f'volumes/{g.name}']['shape'][3:], 0)[0], []).append(s)
+        said = ', '.join(f'{c} in {len(v)} subjects ({v[0]}{", ..." if v[1:] else ""})' for c,v in sorted(who.items()))
+        if len(who) > 1: out.append(Finding('CHANNELS', f'{g.name} has not the same channels in all subjects: {said}'))
+    return out
 
 def _make_all(w, config, plans, refused, workers, overwrite, progress): # -> subjects done, subjects skipped
     done, skipped, ended, total = set(), set(), len(refused), len(plans)+len(refused)
