@@ -279,8 +279,8 @@ def get_lines(
     try: s = Streamlines(p, offsets, per_line, _get_tables(f, path, OURS+'per_point'), g)
     except GeometryError as e: raise _bad(path, e.cause, e.code) from e
     attrs, extra = {**notes_of(said), **{k: said[k] for k in THEIRS if k in said}}, _get_extra(f, path)
-    labels = extra.get('connectivity_labels')
-    if labels is not None and labels.shape == g.shape: attrs.setdefault('connectivity_labels_affine', g.affine)
+    labels, ours = extra.get('connectivity_labels'), f.has(*path, OURS+'rounding')
+    if not ours and labels is not None and labels.shape == g.shape: attrs['connectivity_labels_affine'] = g.affine
     return s, attrs, extra, _length_remark(f, path, s)
 
 def _length_remark(f, path, s): # do the lengths of the file agree with ours
