@@ -1,5 +1,5 @@
 "The store beside npy, h5py as it is usually used, and compressed chunks: equal first, then timed; one thread."
-import os, resource, subprocess, sys, tempfile, time
+import os, resource, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
 
@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 
 from jfr2020.dwi import dwi_phantom
-from jfr2020.dwicohort import LARGE_HEAD, SUBJECTS_FOLDER, write_dwi_cohort
+from jfr2020.dwicohort import LARGE_HEAD, write_dwi_cohort
 from jfr2020.io.hdf5 import H5Store, StoreWriter
 from tools.bench import interleaved, table
 from tools.bench.reading import memory, scan
@@ -19,8 +19,8 @@ def same(name, a, b): # equality comes before speed
     if not np.array_equal(a, b): raise SystemExit(f'{name} differs')
 
 
-def touched(a): # every page of an array, read: a sum that is quick
-    return int(a.reshape(-1).view(np.uint8)[::4096].sum())
+def touched(a): # every number of an array, read
+    return int(a.reshape(-1).view(np.uint64).sum())
 
 
 def by_h5py(path, at): # whole data set
@@ -34,15 +34,15 @@ def whole(npy, store, name, a, rounds):
     ram = {'np.load': lambda: np.load(npy), 'store opened anew, into RAM': lambda: H5Store(store)['large'].volume(name, mmap=False).data,
            'store kept open, into RAM': lambda: kept['large'].volume(name, mmap=False).data,
            'h5py': lambda: by_h5py(kept['large'].path, f'volumes/{name}')}
-    maps = {'np.load, mapped, touched': lambda: touched(np.load(npy, mmap_mode='r')),
-            'store opened anew, mapped, touched': lambda: touched(H5Store(store)['large'].volume(name).data),
-            'store kept open, mapped, touched': lambda: touched(kept['large'].volume(name).data)}
+    maps = {'np.load, mapped, summed': lambda: touched(np.load(npy, mmap_mode='r')),
+            'store opened anew, mapped, summed': lambda: touched(H5Store(store)['large'].volume(name).data),
+            'store kept open, mapped, summed': lambda: touched(kept['large'].volume(name).data)}
     for n,f in ram.items(): same(n, f(), a)
     for n,f in maps.items(): same(n, f(), touched(a))
     same('mapped', kept['large'].volume(name).data, a)
     size = f'{name} {" x ".join(map(str, a.shape))} {a.dtype}, {a.nbytes/1e6:.0f} MB'
     table(f'Whole volume into RAM, {size}', interleaved(ram, rounds), 'np.load', 'store at most 1.2 x np.load')
-    table(f'Whole volume mapped and touched, {size}', interleaved(maps, rounds), 'np.load, mapped, touched', 'store at most 1.2 x np.load')
+    table(f'Whole volume mapped and summed, {size}', interleaved(maps, rounds), 'np.load, mapped, summed', 'store at most 1.2 x np.load')
 
 
 def as_dwi_ml(h5, ids): # a loop of three reads for each line
@@ -118,35 +118,67 @@ def storage(folder, ct, case, rounds=3):
             print(f'{name:10}{s:20}{v.data.nbytes/size:8.2f}{1/wrote:12.0f}{1/read:12.0f}')
 
 
-CREATE = '''import sys
+CREATE = '''import resource, sys
 from pathlib import Path
 from jfr2020.io.create import create_store
 from jfr2020.io.storeconfig import load_store_config
-home, out, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-lists = {k: (home/f'{k}.txt').read_text().split() for k in ('training', 'validation', 'testing')}
-create_store(load_store_config(home/'config.json'), home/sys.argv[4], out, **lists, workers=workers)
+home = Path(sys.argv[1])
+lists = {k: home/f'{k}.txt' for k in ('training', 'validation', 'testing')}
+made = create_store(load_store_config(home/'config.json'), home, Path(sys.argv[2]), lists, workers=int(sys.argv[3]))
+own = [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')]
+print(max(*own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(len(made.done) != 3)
 '''
+
+
+USUAL = """import sys
+from pathlib import Path
+import h5py, nibabel as nib, numpy as np
+home, out = Path(sys.argv[1]), sys.argv[2]
+with h5py.File(out, 'w') as f:
+    for sub in sorted(p for p in (home/'dwi_ml_ready').iterdir()):
+        mask = np.asanyarray(nib.load(sub/'masks/brain.nii.gz').dataobj) > 0
+        for group, file in (('input', 'dwi/sh'), ('wm_mask', 'masks/wm'), ('seed_mask', 'masks/interface')):
+            img = nib.load(sub/f'{file}.nii.gz')
+            a = img.get_fdata(dtype=np.float32)
+            a = a.reshape(*a.shape[:3], -1)
+            if group == 'input': a = (a-a[mask].mean())/max(a[mask].std(), 1e-6)
+            f.create_dataset(f'{sub.name}/{group}/data', data=a)
+        t = nib.streamlines.load(sub/'tractograms/whole.trk')
+        s = t.streamlines
+        g = f.create_group(f'{sub.name}/streamlines')
+        g['data'], g['offsets'], g['lengths'] = s.get_data(), s._offsets, s._lengths
+        g['euclidean_lengths'] = np.array([np.linalg.norm(np.diff(p, axis=0), axis=1).sum() for p in s], 'f4')
+        for k, v in t.tractogram.data_per_streamline.items(): g[f'data_per_streamline/{k}'] = v
+own = [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')]
+print(*own)
+"""
+
+
+def spend(code, *arguments): # -> CPU-s, wall s, MiB of the largest process
+    before, t = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], check=True, capture_output=True)
+    wall, after = time.perf_counter()-t, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime, wall, int(done.stdout)/1024
 
 
 def creation(folder, rounds):
     "Three full-size subjects from NIfTI and trk to a store, as a command of its own"
     write_dwi_cohort(folder/'cohort', 3, seed=2024, **LARGE_HEAD)
-    spent, peak = {}, 0
-    for r in range(rounds):
-        for workers in (1, 2):
-            out = folder/f'created-{r}-{workers}'
-            before, t = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-            subprocess.run([sys.executable, '-c', CREATE, folder/'cohort', out, str(workers), SUBJECTS_FOLDER], check=True)
-            wall, after = time.perf_counter()-t, resource.getrusage(resource.RUSAGE_CHILDREN)
-            spent.setdefault(workers, []).append((after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime, wall))
-            peak = max(peak, after.ru_maxrss/1024)
-    size = sum(p.stat().st_size for p in out.rglob('*') if p.is_file())/1e6
-    print(f'\ncreation of 3 subjects, {LARGE_HEAD["n_lines"]} lines and 45 channels each, store of {size:.0f} MB, import of Python included')
-    print(f'{"workers":44}{"CPU-s median":>14}{"min":>8}{"wall s":>8}{"of dwi_ml":>11}')
-    for w,ts in spent.items():
-        cpu = [c for c,_ in ts]
-        print(f'{w:<44}{median(cpu):14.2f}{min(cpu):8.2f}{median(t for _,t in ts):8.2f}{median(cpu)/DWI_ML_CREATE:11.2f}')
-    print(f'largest process {peak:.0f} MiB\nasked: at most half of the {DWI_ML_CREATE} CPU-s that dwi_ml took for the same data on such a machine; it needed 576 MiB')
+    spent, out = {}, folder/'made'
+    for _ in range(rounds):
+        for name,code,more in (('store, one process', CREATE, ('1',)), ('store, two processes', CREATE, ('2',)),
+                               ('nibabel and h5py, no checks, hashes or flush', USUAL, ())):
+            spent.setdefault(name, []).append(spend(code, folder/'cohort', out, *more))
+            size = sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) if out.is_dir() else out.stat().st_size
+            if out.is_dir(): shutil.rmtree(out)
+            else: out.unlink()
+    print(f'\ncreation of 3 subjects, {LARGE_HEAD["n_lines"]} lines and 45 channels each, {size/1e6:.0f} MB, import of Python included')
+    print(f'{"":48}{"CPU-s median":>14}{"min":>8}{"wall s":>8}{"of 10.2":>9}{"largest process MiB":>21}')
+    for name,ts in spent.items():
+        cpu = [t[0] for t in ts]
+        print(f'{name:48}{median(cpu):14.2f}{min(cpu):8.2f}{median(t[1] for t in ts):8.2f}{median(cpu)/DWI_ML_CREATE:9.2f}{max(t[2] for t in ts):21.0f}')
+    print(f'asked: at most half of the {DWI_ML_CREATE} CPU-s that dwi_ml took for the same data on such a machine (idle); it needed 576 MiB')
 
 
 def main(rounds=7):

@@ -84,7 +84,7 @@ def main(kills=500, seed=0, every=25):
         for k in range(kills):
             death = (rng.choice(STEPS), rng.randint(1, 12), rng.random() < .5) if k % 2 else None
             os.lseek(fd, 0, os.SEEK_SET)
-            lines = one_kill(folder, fd, plan, death, rng.uniform(0, .15))
+            lines = one_kill(folder, fd, plan, death, rng.uniform(0, .25))
             allowed, n, doing, broke = after(lines, plan)
             where[doing] += 1; commits += n
             if broke: wrong.append(f'kill {k}: the writer stopped by itself: {broke}')
