@@ -6,8 +6,8 @@
 __all__ = ['PIECE', 'SAME_MM', 'BLOCK', 'ROWS', 'LEAST_STD', 'NiftiHead', 'nifti_head', 'channel_stream', 'corner_mm',
            'check_same_space', 'read_channels', 'channel_moments', 'standard_numbers', 'standardise', 'unstandardise']
 
-# %% ../../nbs/11a_io.channels.ipynb #36c57099
-import zlib
+# %% ../../nbs/11a_io.channels.ipynb #157eedef
+import itertools, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from ..volume import *
 from .nifti import *
 from .nifti import _load_nifti, _nifti_affine, AGAIN
 
-# %% ../../nbs/11a_io.channels.ipynb #94204924
+# %% ../../nbs/11a_io.channels.ipynb #b3284360
 @dataclass(frozen=True, eq=False)
 class NiftiHead:
     "What a NIfTI file says of its voxels, which are not read yet"
@@ -56,7 +56,7 @@ def nifti_head(
     return NiftiHead(Path(path), Geometry(shape[2::-1], A[:,[2,1,0,3]]), many[0] if many else 0, kind,
                      (float(img.dataobj.slope), float(img.dataobj.inter)), offset, packed)
 
-# %% ../../nbs/11a_io.channels.ipynb #b6220ed8
+# %% ../../nbs/11a_io.channels.ipynb #b0223a11
 PIECE = 1<<16 # compressed bytes read at once
 
 class _Bytes: # the unpacked bytes of a file, read in order
@@ -90,10 +90,11 @@ class _Bytes: # the unpacked bytes of a file, read in order
 
 def channel_stream(
     head:NiftiHead, # from `nifti_head`
-): # yields (D*H*W,) float32, one array a channel, in the order of the file; the same memory each time
+    places=None, # iterator of (D*H*W,) float32 to be filled, one a channel; the same memory each time when absent
+): # yields these arrays, in the order of the file
     "The channels of a file one after the other, scaled as its header says"
     n = int(np.prod(head.geometry.shape))
-    raw, out = np.empty(n, head.dtype), np.empty(n, 'f4')
+    raw, places = np.empty(n, head.dtype), places or itertools.repeat(np.empty(n, 'f4'))
     try:
         with open(head.path, 'rb') as f:
             source = _Bytes(f, head.packed)
@@ -101,14 +102,15 @@ def channel_stream(
             for k in range(max(1, head.channels)):
                 source.into(memoryview(raw).cast('B'))
                 if k == max(1, head.channels)-1: source.finish()
-                with np.errstate(over='ignore'): np.copyto(out, raw if head.plain else _scaled(raw, head), 'unsafe')
+                out, values = next(places), raw if head.plain else _scaled(raw, head)
+                with np.errstate(over='ignore'): np.copyto(out, values, 'unsafe')
                 yield out
     except (EOFError, OSError, zlib.error) as e:
         raise VolumeFileError('the voxels end early or are damaged', 'TRUNCATED', AGAIN) from e
 
 def _scaled(raw, head): return raw.astype('f8')*head.scale[0] + head.scale[1]
 
-# %% ../../nbs/11a_io.channels.ipynb #913722c5
+# %% ../../nbs/11a_io.channels.ipynb #7be1d8f4
 SAME_MM = 1e-3 # mm at the corners; NIfTI's own rounding is below it
 BLOCK = 16 # channels that wait to be put side by side
 
@@ -158,13 +160,14 @@ def read_channels(
     check_claim((*grid.shape, total), 4, MAX_BYTES, False)
     out = np.empty((int(np.prod(grid.shape)), total), 'f4')
     block, c, n = np.empty((min(BLOCK, total), len(out)), 'f4'), 0, 0
+    rows = itertools.cycle(block)
     for h in heads:
-        for channel in channel_stream(h):
-            block[n] = channel; n += 1
+        for _ in channel_stream(h, rows):
+            n += 1
             if n == len(block) or c+n == total: _beside(out, block, c, n); c, n = c+n, 0
     return FeatureVolume(out.reshape(*grid.shape, total), grid), counts
 
-# %% ../../nbs/11a_io.channels.ipynb #951f069f
+# %% ../../nbs/11a_io.channels.ipynb #21f78148
 ROWS = 1<<13 # voxels looked at together
 
 def channel_moments(
@@ -185,7 +188,7 @@ def channel_moments(
         mean += (own-mean)*(k/(n+k)); n += k
     return n, mean, m2
 
-# %% ../../nbs/11a_io.channels.ipynb #4338fced
+# %% ../../nbs/11a_io.channels.ipynb #983aeee8
 LEAST_STD = 1e-6 # as in dwi_ml: below it a channel is taken as constant
 
 def standard_numbers(
