@@ -131,7 +131,8 @@ class StoreWriter:
         index = read_index(f)
         self._index, self._left_out, self._lists = index['subjects'], index.get('left_out', {}), read_lists(f, index)
         self._changes = Journal(f/'changes.jsonl')
-        self._dirty = self._finish_changes() | self._adopt()
+        old = index.get('lists', {})
+        self._dirty = self._finish_changes() | self._adopt() | any(old.get(k, []) != v for k,v in self._lists.items())
 
     def _finish_changes(self) -> bool: # what an earlier writer announced
         said = self._changes.read()

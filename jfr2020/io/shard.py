@@ -107,7 +107,8 @@ def plain_attr(
     "An attribute as Python knows it"
     a = np.asarray(v)
     if a.dtype.kind == 'S': return np.char.decode(a, 'utf-8').tolist()
-    return v.tolist() if a.dtype.kind == 'O' and isinstance(v, np.ndarray) else v.item() if isinstance(v, np.generic) else v
+    if isinstance(v, np.ndarray) and a.dtype.kind == 'O': return v.tolist()
+    return v.item() if isinstance(v, np.generic) else v
 
 def _texts(attrs): return {k: _fixed(np.asarray(v), k) if isinstance(v, str) else v for k,v in attrs.items()}
 
