@@ -1,11 +1,15 @@
 "The short form of `python -m tools.faults`: a store under kill -9, on a full disk, read while written, with single bits turned."
+import errno
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from jfr2020.io.hdf5 import H5Store, StoreWriter
+from jfr2020.errors import StoreError
+from jfr2020.io.check import check_store
+from jfr2020.io.hdf5 import H5Store, StoreWriter, write_lists
 from tools.faults import NAMES, WrongValue, content, flips, full, kills, read_part, read_version, soak
 
 
@@ -52,3 +56,29 @@ def test_the_harness_itself_sees_a_wrong_value_and_a_mixed_subject(tmp_path):
     with pytest.raises(WrongValue, match='mixes'): read_version(store[name], name)
     with pytest.raises(WrongValue, match='not version 1'): read_part(store[NAMES[1]], name, 'ct')
     assert read_version(store[NAMES[2]], name) == 1 and not np.array_equal(bad, one['volumes']['ct'].data)
+
+
+def test_a_kill_between_the_lists_and_the_index_is_mended_by_the_next_writer(tmp_path):
+    with StoreWriter(tmp_path) as w: w.add(NAMES[0], **content(NAMES[0], 1))
+    write_lists(tmp_path, dict(training=[NAMES[0]], validation=[], testing=[]))
+    with StoreWriter(tmp_path): pass
+    assert check_store(tmp_path) == [] and H5Store(tmp_path).lists['training'] == (NAMES[0],)
+
+
+def test_no_refused_write_reaches_hdf5(tmp_path, monkeypatch):
+    real, left = os.write, [0]
+    def scarce(fd, b): # room for so many bytes, then no more
+        if len(b) > left[0]: raise OSError(errno.ENOSPC, 'No space left on device')
+        left[0] -= len(b)
+        return real(fd, b)
+    with StoreWriter(tmp_path) as w:
+        w.add(NAMES[0], **content(NAMES[0], 1))
+        monkeypatch.setattr(os, 'write', scarce)
+        for room in (0, 100, 5_000, 40_000, 70_000):
+            left[0] = room
+            with pytest.raises(StoreError, match='No space left') as e: w.add(NAMES[1], **content(NAMES[1], 2))
+            assert e.value.code == 'DISK'
+        monkeypatch.undo()
+        w.add(NAMES[1], **content(NAMES[1], 3))
+    store = H5Store(tmp_path)
+    assert [read_version(store[n], n) for n in NAMES[:2]] == [1, 3] and check_store(tmp_path) == []
