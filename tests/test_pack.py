@@ -197,7 +197,7 @@ def some_store(folder, seed, subjects=2):
         w.set_lists(training=['sub-0'])
 
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', range(3))
 def test_a_round_trip_keeps_every_bit(tmp_path, seed):
     some_store(tmp_path/'one', seed)
     pack_store(tmp_path/'one', tmp_path/'a.hdf5')
@@ -478,25 +478,25 @@ def test_flipped_bits_of_a_packed_store_are_found(tmp_path, monkeypatch):
     whole, raw, rng = contents(tmp_path/'one'), (tmp_path/'a.hdf5').read_bytes(), np.random.default_rng(0)
     monkeypatch.setattr(untrusted, 'check_survives', lambda path: None) # checksums stop these earlier
     refused = 0
-    for k in range(40):
+    for k in range(16):
         bad = bytearray(raw)
         bad[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
         (tmp_path/'b.hdf5').write_bytes(bad)
         got = outcome(tmp_path/'b.hdf5', tmp_path/f'{k}')
         assert got in (None, whole) # never another value; padding may change
         refused += got is None
-    assert refused > 20
+    assert refused > 6
 
 
 def test_any_damage_of_a_foreign_file_is_a_clear_error_or_nothing(tmp_path):
     dwi.write(tmp_path/'a.hdf5')
     raw, rng, refused = (tmp_path/'a.hdf5').read_bytes(), np.random.default_rng(1), 0
-    for k in range(16): # each is first looked through by another process
+    for k in range(8): # each is first looked through by another process
         bad = bytearray(raw[:rng.integers(100, len(raw))] if k % 4 == 0 else raw)
         for _ in range(rng.integers(1, 30)): bad[rng.integers(len(bad))] = rng.integers(256)
         (tmp_path/'b.hdf5').write_bytes(bad)
         refused += outcome(tmp_path/'b.hdf5', tmp_path/f'{k}') is None
-    assert 4 < refused
+    assert 2 < refused
 
 
 CRASHES = 'import os; os.abort()', 'import time; time.sleep(60)'

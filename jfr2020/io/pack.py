@@ -7,7 +7,7 @@ __all__ = ['PACK_SCHEMA', 'packed_content', 'pack_store', 'read_groups_config', 
 
 # %% ../../nbs/14_io.pack.ipynb #adb0240c
 import ast, hashlib, time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -50,16 +50,15 @@ _FILTERS = {1: 'gzip', 32008: 'bitshuffle-zstd'} # HDF5's number -> our word
 _ONCE = dict(step_size='step_mm', nb_points='nb_points', compress='compress_mm') # of dwi_ml's root -> of our lines
 
 @contextmanager
-def _packing(path): # an HDF5 file open for writing, which gets its name only when all went well
+def _packing(path): # an HDF5 file open for writing, and a check of the disk; it gets its name when all went well
     with write_atomic(path, 'wb') as f:
         try:
-            h5 = open_hdf5(f.name, 'w')
-            try: yield h5; h5.close()
-            finally:
-                with suppress(Exception): h5.close() # after a full disk HDF5 cannot close cleanly
+            with write_hdf5(f.name) as (h5, check): yield h5, check
             with UntrustedFile(f.name, probe=False) as done: content = packed_content(done)
-            with open_hdf5(f.name, 'r+') as h5: h5.attrs[OURS+'content'] = content
-        except RuntimeError as e: raise OSError('the HDF5 library could not write it') from e
+            with write_hdf5(f.name, 'r+') as (h5, check): h5.attrs[OURS+'content'] = content
+        except StoreError as e:
+            if isinstance(e.__cause__, OSError): raise disk_error(e.__cause__, path) from e # by its final name
+            raise
 
 def _notes(o): # attributes of a group in a shard that its writer gave
     return {k: v for k,v in o.attrs.items() if k not in SET_BY_STORE}
@@ -141,11 +140,12 @@ def pack_store(
     store, said = store if isinstance(store, H5Store) else H5Store(store), {}
     if Path(path).suffix not in ('.hdf5','.h5'):
         raise StoreError(f'a packed store ends in .hdf5 or .h5, not in {Path(path).suffix!r:.20}', 'NAME')
-    with _packing(path) as h5:
+    with _packing(path) as (h5, check):
         _pack_root(h5, store)
         for s in store:
             _whole(store, s)
             said[s] = _pack_subject(h5, store[s])
+            check()
     return tuple(_pack_remarks(store, said))
 
 # %% ../../nbs/14_io.pack.ipynb #0e443a0c

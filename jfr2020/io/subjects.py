@@ -84,6 +84,8 @@ class SubjectView:
     def __repr__(self): return repr(self.stored)
 
 # %% ../../nbs/13b_io.subjects.ipynb #06528190
+_KEPT = 64 # groups of lines whose offsets stay in memory, a process
+
 class SplitView:
     "Some subjects of a store, seen as one; lazy or eager, and safe in worker processes"
     def __init__(self,
@@ -162,7 +164,7 @@ class SplitView:
         key = subject, name
         if key not in self._open: self._open[key] = self.store[self[subject].name].streamlines(name)
         self._open.move_to_end(key)
-        if len(self._open) > self.store.keep: self._open.popitem(False)[1].subject.close()
+        if len(self._open) > _KEPT: self._open.popitem(False)
         return self._open[key]
 
     def counts(self,
