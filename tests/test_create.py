@@ -249,11 +249,10 @@ def test_one_bad_subject_stops_nobody(mine, tmp_path):
     (ready/'sub-0/dwi/sh.nii.gz').write_bytes(b'nonsense')
     b = bytearray((ready/'sub-1/dwi/sh.nii.gz').read_bytes()); b[len(b)//2] ^= 4
     (ready/'sub-1/dwi/sh.nii.gz').write_bytes(b)
-    for workers in (2,):
-        made = run(CONFIG, mine, tmp_path/f's{workers}', workers=workers)
-        assert made.done == ('sub-2',) and {s: e.code for s,e in made.refused.items()} == {'sub-0': 'NOT_NIFTI', 'sub-1': 'TRUNCATED'}
-        assert H5Store(tmp_path/f's{workers}').subjects == ('sub-2',)
-        assert not list((tmp_path/f's{workers}'/'subjects').glob('.*')) # no half file stays
+    made = run(CONFIG, mine, tmp_path/'s')
+    assert made.done == ('sub-2',) and {s: e.code for s,e in made.refused.items()} == {'sub-0': 'NOT_NIFTI', 'sub-1': 'TRUNCATED'}
+    assert H5Store(tmp_path/'s').subjects == ('sub-2',)
+    assert not list((tmp_path/'s'/'subjects').glob('.*')) # no half file stays
     assert str(tmp_path) not in repr(made) and '.nii' not in repr(made.refused)
 
 
