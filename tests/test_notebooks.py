@@ -38,15 +38,26 @@ def comparable(text):
     return re.sub(r'-?\d+\.\d+(e[-+]?\d+)?', lambda m: f'{float(m[0]):.3g}', text)
 
 
-@pytest.mark.parametrize('page', sorted(NBS.glob('*.ipynb')), ids=lambda p: p.stem)
-def test_page(page, monkeypatch):
+PAGES = sorted(NBS.glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
+def test_page(page, monkeypatch): run_page(page, monkeypatch, ['notest', 'slow', 'cuda', 'data'])
+
+
+@pytest.mark.parametrize('page', [p for p in PAGES if '"#| data' in p.read_text(encoding='utf-8')], ids=lambda p: p.stem)
+def test_page_on_real_data(page, monkeypatch, shared_data): run_page(page, monkeypatch, ['notest', 'slow', 'cuda'])
+
+
+def run_page(page, monkeypatch, skip_flags):
+    "Run the cells of a page that are not exported, and compare what they show with what it keeps"
     monkeypatch.chdir(NBS)
     monkeypatch.setenv('IN_TEST', '1')
     module = module_of(page)
     names = {**(vars(module) if module else {}), '__name__': '__main__'}
     import matplotlib.pyplot as plt
     stale = []
-    for cell in nb_test_cells(page, skip_flags=['notest', 'slow', 'cuda', 'data']):
+    for cell in nb_test_cells(page, skip_flags=skip_flags):
         if cell.cell_type != 'code' or EXPORTED & directives(cell): continue
         source = os.linesep.join(l for l in cell.source.splitlines() if not l.strip().startswith('#|'))
         value = run_cell(source, f'{page.name}#{cell.id}', names)

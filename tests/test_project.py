@@ -129,3 +129,10 @@ def test_a_public_name_means_one_thing(root):
     for path in sorted((root/'jfr2020').rglob('*.py')):
         for n in defined(path): owners.setdefault(n, []).append(path.stem)
     assert {n: o for n,o in owners.items() if len(o) > 1} == {}
+
+
+def test_every_room_is_in_all(root):
+    "`from jfr2020.all import *` brings each module that a page exports"
+    pages = [p.stem.split('_', 1)[1] for p in (root/'nbs').glob('[0-9]*.ipynb')]
+    brought = set(re.findall(r'^from \.([\w.]+) import \*', (root/'jfr2020'/'all.py').read_text(encoding='utf-8'), re.M))
+    assert {p for p in pages if not p.startswith('tutorial') and p != 'all'} == brought

@@ -15,9 +15,9 @@ def flags(cell) -> set: # directives of a code cell, e.g. {'hide', 'eval: false'
 
 
 def tidy(nb):
-    "Hidden cells keep no output; progress and warnings are never kept"
+    "Hidden cells keep no output, nor do those on real data; progress and warnings are never kept"
     for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = [] if flags(c) & {'hide', 'default_exp'} else [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
+        if c.cell_type == 'code': c.outputs = [] if flags(c) & {'hide', 'default_exp', 'data'} else [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
 
 
 def run_page(
@@ -27,7 +27,8 @@ def run_page(
     nb_export(path)
     nb, shell, here = read_nb(path), CaptureShell(path, mpl_format='png'), Path.cwd()
     os.chdir(path.parent); os.environ['IN_TEST'] = '1'
-    try: shell.run_all(nb, exc_stop=True, preproc=lambda c: bool(flags(c) & {'eval: false', 'slow', 'cuda'}))
+    passed_over = {'eval: false', 'slow', 'cuda'} | (set() if (path.parents[2]/'shared'/'data').is_dir() else {'data'})
+    try: shell.run_all(nb, exc_stop=True, preproc=lambda c: bool(flags(c) & passed_over))
     except BaseException: print(shell.prettytb(fname=path), file=sys.stderr); return False
     finally: os.chdir(here); os.environ.pop('IN_TEST')
     tidy(nb)
