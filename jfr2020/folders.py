@@ -7,7 +7,6 @@ __all__ = ['SCORES_BYTES', 'is_volume_file', 'file_geometry', 'VolumeFile', 'Ser
 
 # %% ../nbs/28c_folders.ipynb #90ad32a5
 import csv, math
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -148,7 +147,7 @@ def _the_scan(folder, volumes, say): # as `_the_series`, from DICOM or else a vo
         if volumes: say('EXTRA_FILES', f'{len(volumes)} volume files beside the DICOM match no mask pattern', False)
         return found
     if len(volumes) != 1:
-        what = f'one scan needed, found no DICOM file and {len(volumes)} volume files that match no mask pattern'
+        what = f'one scan needed, found no DICOM file and {len(volumes)} volume files that are no mask'
         raise VolumeFileError(what, 'AMBIGUOUS_SCAN' if volumes else 'NO_SCAN', 'leave one scan in each folder')
     return VolumeFile(volumes[0]), file_geometry(volumes[0]), None
 
@@ -206,7 +205,7 @@ def _look_into(subs, pattern, progress): # -> ([(Case, patient hash, number of m
     found, lines = [], []
     for n,sub in enumerate(subs, 1):
         place = f'folder {n} of {len(subs)} (in the order of names)'
-        say = lambda code, text, used=True: lines.append(ReportLine(place, Finding(code, text), used))
+        def say(code, text, used=True, place=place): lines.append(ReportLine(place, Finding(code, text), used))
         try: found.append((*_folder_case(sub, pattern, say), place))
         except JfrError as e: lines.append(refused_line(place, e))
         if progress: progress(n, len(subs), 'looked into a folder')
