@@ -8,7 +8,7 @@ __all__ = ['PLATE', 'TOP', 'BOTTOM', 'MOST_PLATES', 'A4', 'LEFT', 'RIGHT', 'LOW'
 
 # %% ../nbs/26a_paper.ipynb #1eb53e61
 import io, re, textwrap, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 
@@ -53,12 +53,12 @@ def _write(ax, x, y, text, size, colour, ha='center', va='center'):
 def _draw_marks(ax, p, size, line):
     from matplotlib.patches import PathPatch, Rectangle
     for m in p.marks:
-        ax.add_patch(PathPatch(trace_path(m['edges']), fc='none', ec=m['colour'], lw=line))
+        ax.add_artist(PathPatch(trace_path(m['edges']), fc='none', ec=m['colour'], lw=line))
         if not m['text']: continue
         side = 1 if m['x'] >= m['ax'] else -1
         ax.plot([m['ax'], m['x']], [m['ay'], m['y']], color=m['colour'], lw=line*.7)
         _write(ax, m['x']+side*p.width*.008, m['y'], m['text'], size, m['colour'], 'left' if side > 0 else 'right')
-    for x,y,w,h in p.boxes: ax.add_patch(Rectangle((x, y), w, h, fc='none', ec='#40e0ff', lw=line))
+    for x,y,w,h in p.boxes: ax.add_artist(Rectangle((x, y), w, h, fc='none', ec='#40e0ff', lw=line))
 
 def draw_on(
     ax, # matplotlib axes; its limits become mm
@@ -137,10 +137,11 @@ def _scene_of(case):
     return s
 
 def _chosen(s, most): # (pictures of the slices with most calcium, lower ones first; how many are left out)
-    every, left = slice_pictures(s, 1 << 40)
-    area = {p.slice: int((s.ids.data[np.flatnonzero(s.numbers == p.slice)[0]] > 0).sum()) for p in every}
-    keep = set(sorted(area, key=lambda k: -area[k])[:most])
-    return [p for p in every if p.slice in keep], left + len(every)-len(keep)
+    area = np.count_nonzero(s.ids.data, axis=(1,2))
+    keep = np.argsort(-area, kind='stable')[:min(most, np.count_nonzero(area))]
+    some = np.zeros_like(s.ids.data)
+    some[keep] = s.ids.data[keep] # only these are drawn
+    return slice_pictures(replace(s, ids=s.ids.like(some)), 1 << 40)[0], np.count_nonzero(area)-len(keep)
 
 def _place(p, t, left): # where the picture of a plate was taken
     if p.slice is None: return t('overview') + (f'. {t("slices_left", n=left)}' if left else '')

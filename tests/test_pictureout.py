@@ -161,6 +161,25 @@ def test_a_series_refused_later_keeps_nothing_of_its_old_score(patient, tmp_path
     assert run.returncode == 4 and {p.name for p in folders(tmp_path/'o')[0].iterdir()} == {'case.json', 'report.html'}
 
 
+def test_a_run_that_is_stopped_between_two_files_is_done_again_to_the_same_bytes(written, patient, tmp_path, monkeypatch):
+    import jfr2020.batch
+    real = jfr2020.batch.write_sc
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(jfr2020.batch, 'write_sc', stop)
+    assert jfr('score', patient, '-o', tmp_path/'o', *FLAGS).returncode == 130
+    assert {p.name for p in folders(tmp_path/'o')[0].iterdir()} == {'seg.dcm', 'sr.dcm'} # no case.json: nothing counts
+    monkeypatch.setattr(jfr2020.batch, 'write_sc', real)
+    assert jfr('score', patient, '-o', tmp_path/'o', *FLAGS).returncode == 0
+    assert objects(tmp_path/'o') == objects(written[1])
+
+
+def test_an_archive_gives_the_objects_of_its_folder(written, patient, tmp_path):
+    archive = shutil.make_archive(str(tmp_path/'scan'), 'zip', patient)
+    assert jfr('score', archive, '-o', tmp_path/'o', *FLAGS, '--workers', 2).returncode == 0
+    plain = lambda out: {k.split('/', 2)[2]: v for k, v in objects(out).items()} # the folder is named after the input
+    assert plain(tmp_path/'o') == plain(written[1])
+
+
 def test_results_inside_of_the_input_do_not_change_it(patient, tmp_path):
     shutil.copytree(patient, tmp_path/'in')
     runs = [jfr('score', tmp_path/'in', '-o', tmp_path/'in'/'out', '--json', *FLAGS, *more) for more in ((), ('--no-resume',))]
