@@ -7,7 +7,7 @@ __all__ = ['MAX_POINTS', 'BRUSH', 'COCA_NAMES', 'MAX_PLIST', 'ROI_FAULTS', 'MEAS
            'CocaError', 'brush_outline', 'CocaRoi', 'read_coca_xml', 'RoiCheck', 'draw_rois', 'Collected', 'CocaMask',
            'read_coca', 'coca_score', 'read_coca_nongated', 'write_coca_xml', 'write_coca']
 
-# %% ../nbs/28d_coca.ipynb #97a2c6e0
+# %% ../nbs/28d_coca.ipynb #1b89cc99
 import math, plistlib, re, warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .io.xlsx import *
 from .calcium import *
 from .cases import *
 
-# %% ../nbs/28d_coca.ipynb #ebcbce9e
+# %% ../nbs/28d_coca.ipynb #fcc33010
 MAX_POINTS = 1<<14 # of one outline
 
 def pixels_in_polygon(
@@ -50,7 +50,7 @@ class CocaError(JfrError):
     "Something of the COCA collection that cannot be used"
     code = 'COCA'
 
-# %% ../nbs/28d_coca.ipynb #7f43ec15
+# %% ../nbs/28d_coca.ipynb #5db9395d
 BRUSH = 1-1/255 # pixels, from the centre of a pixel to the outline beside it
 
 def brush_outline(
@@ -69,7 +69,7 @@ def brush_outline(
         else: p = front
         if (p, side) == (start, 0): return np.array(out)
 
-# %% ../nbs/28d_coca.ipynb #f1229b93
+# %% ../nbs/28d_coca.ipynb #a9cd7f29
 COCA_NAMES = {'Left Coronary Artery': 1, 'Left Anterior Descending Artery': 2, 'Left Circumflex Artery': 3,
               'Right Coronary Artery': 4} # name of a ROI -> key of VESSELS; the first is the left main
 MAX_PLIST = 32<<20 # bytes
@@ -116,7 +116,7 @@ def read_coca_xml(
     listed = lambda a: [e for e in a if isinstance(e, dict)] if isinstance(a, list) else []
     return tuple(_roi(r, i) for i in listed(images) for r in listed(i.get('ROIs')))
 
-# %% ../nbs/28d_coca.ipynb #d2744298
+# %% ../nbs/28d_coca.ipynb #5fc6119a
 ROI_FAULTS = dict(NAME='another name than those of the four vessels; counted as other',
     AREA_0='its own area is 0', DEV_NAN='its own standard deviation is no number: a single pixel, mostly',
     BY_INDEX='no z: placed by ImageIndex', INDEX='ImageIndex says another slice than z; z decides',
@@ -186,7 +186,7 @@ def draw_rois(
     checks = tuple(_draw(ct, r, zs, skip, out) for r in rois)
     return MaskVolume(out, ct.geometry), checks
 
-# %% ../nbs/28d_coca.ipynb #d1d222d2
+# %% ../nbs/28d_coca.ipynb #25ab2cd2
 @dataclass(frozen=True, eq=False)
 class Collected:
     "The cases of a collection, what could not be used and why, and what should be known of the rest"
@@ -272,7 +272,7 @@ def coca_score(
     "The score of the outlined calcium, which the gated part of the collection does not hold"
     return calcium_score(load_ct(case.image), load_mask(case.mask), rule)
 
-# %% ../nbs/28d_coca.ipynb #09c3001c
+# %% ../nbs/28d_coca.ipynb #bf0866e5
 COCA_COLUMNS = ('lca', 'lad', 'lcx', 'rca', 'total') # of scores.xlsx, after the name of the scan
 
 def _scores(rows): # rows of the sheet -> {number: (five scores)}, unused
@@ -310,7 +310,7 @@ def read_coca_nongated(
     said = Finding('SUM', f'{off} rows of scores.xlsx have a total that is not the sum of their arteries')
     return Collected(tuple(cases), tuple(unused), (said,) if off else ())
 
-# %% ../nbs/28d_coca.ipynb #a25f9744
+# %% ../nbs/28d_coca.ipynb #647b65d7
 def _lesion_pieces(labels): # (H,W) -> (vessel, pixels), connected by sides, without holes
     from scipy import ndimage as ndi
     for vessel in np.unique(labels[labels > 0]):
