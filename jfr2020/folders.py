@@ -6,7 +6,7 @@
 __all__ = ['SCORES_BYTES', 'is_volume_file', 'file_geometry', 'VolumeFile', 'SeriesFolder', 'read_scores', 'read_folder']
 
 # %% ../nbs/28c_folders.ipynb #90ad32a5
-import csv, math
+import csv, io, math
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -94,16 +94,25 @@ def _score(text, row): # -> float, or the refusal
         raise ConfigError(f'{where} needs a number from 0 on, found {found}', 'SCORES', fix)
     return value
 
-def _score_rows(path): # -> rows of a table, each a list of texts
+def _scores_text(path): # -> text of a table
     try:
         if (size := Path(path).stat().st_size) > SCORES_BYTES:
             raise ConfigError(f'the table has {size} bytes, at most {SCORES_BYTES} are read', 'SCORES')
-        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
-        sniffed = [[[c.strip() for c in r] for r in csv.reader(lines, delimiter=d, strict=True)] for d in ',;\t']
+        return Path(path).read_bytes().decode('utf-8-sig')
     except OSError as e: raise ConfigError(f'the scores cannot be read: {e.strerror or type(e).__name__}') from e
     except UnicodeDecodeError as e: raise ConfigError('the scores are not text in UTF-8', 'SCORES') from e
+
+def _score_rows(text, names): # -> rows of a table, each a list of texts
+    lines = text.splitlines() or ['']
+    try:
+        first = {d: [c.strip() for c in next(csv.reader(lines[:1], delimiter=d), [])] for d in ',;\t'}
+        fits = [d for d,row in first.items() if all(row.count(n) == 1 for n in names)]
+        if len(fits) != 1:
+            raise ConfigError(f'the first row needs the columns {names[0]!r} and {names[1]!r}, each once, '
+                              'parted by commas, semicolons or tabs', 'SCORES', 'name the columns')
+        rows = csv.reader(io.StringIO(text, newline=''), delimiter=fits[0], strict=True)
+        return [[c.strip() for c in row] for row in rows]
     except csv.Error as e: raise ConfigError('the scores are not a CSV table', 'SCORES') from e
-    return [rows for rows in sniffed if rows]
 
 def read_scores(
     path:Path, # .csv in UTF-8
@@ -111,11 +120,7 @@ def read_scores(
     score:str='score', # name of the column with the Agatston scores
 ) -> dict: # name -> score
     "A table of scores by patient"
-    tables = [t for t in _score_rows(path) if t[0].count(patient) == t[0].count(score) == 1]
-    if len(tables) != 1:
-        raise ConfigError(f'the first row needs the columns {patient!r} and {score!r}, each once, '
-                          'parted by commas, semicolons or tabs', 'SCORES', 'name the columns')
-    head, *rows = tables[0]
+    head, *rows = _score_rows(_scores_text(path), (patient, score))
     out, first = {}, {}
     for n,row in enumerate(rows, 2):
         if not any(row): continue
@@ -144,10 +149,10 @@ def _the_scan(folder, volumes, say): # as `_the_series`, from DICOM or else a vo
     entries = find_series(folder)
     if any(not e.refusal or e.refusal.code != 'NO_DICOM' for e in entries):
         found = _the_series(folder, entries, say)
-        if volumes: say('EXTRA_FILES', f'{len(volumes)} volume files beside the DICOM match no mask pattern', False)
+        if volumes: say('EXTRA_FILES', f'{len(volumes)} volume files beside the DICOM are not used', False)
         return found
     if len(volumes) != 1:
-        what = f'one scan needed, found no DICOM file and {len(volumes)} volume files that are no mask'
+        what = f'one scan needed, found no DICOM file and {len(volumes)} volume files for it'
         raise VolumeFileError(what, 'AMBIGUOUS_SCAN' if volumes else 'NO_SCAN', 'leave one scan in each folder')
     return VolumeFile(volumes[0]), file_geometry(volumes[0]), None
 
@@ -168,10 +173,11 @@ def _the_mask(found, pattern, grid, say): # -> source or None
     if not g.matches(grid, tol=.01): say('OTHER_GRID', f'the mask has another grid than the scan: {g!r}, not {grid!r}')
     return VolumeFile(found[0], MaskVolume)
 
-def _folder_case(folder, pattern, say): # -> (Case, patient hash, number of mask files)
+def _folder_case(folder, scan, pattern, say): # -> (Case, patient hash, number of mask files)
     files = [p for p in walk_files(folder) if is_volume_file(p) and not p.name.startswith('.')]
-    masks = [p for p in files if fnmatch(p.name.lower(), pattern.lower())]
-    source, grid, who = _the_scan(folder, [p for p in files if p not in masks], say)
+    named = lambda p, pattern: fnmatch(p.name.lower(), pattern.lower())
+    masks = [p for p in files if named(p, pattern)]
+    source, grid, who = _the_scan(folder, [p for p in files if p not in masks and named(p, scan)], say)
     return Case(folder.name, source, _the_mask(masks, pattern, grid, say)), who, len(masks)
 
 def _join_patients(cases, hashes): # -> (cases, positions of those that were joined)
@@ -201,12 +207,12 @@ def _sub_folders(folder): # -> sub-folders in the order of names, number of file
     if not subs: raise ConfigError('one sub-folder a patient needed, found none', 'NO_PATIENTS')
     return subs, len(here)-len(subs)
 
-def _look_into(subs, pattern, progress): # -> ([(Case, patient hash, number of masks, place)], lines)
+def _look_into(subs, scan, pattern, progress): # -> ([(Case, patient hash, number of masks, place)], lines)
     found, lines = [], []
     for n,sub in enumerate(subs, 1):
         place = f'folder {n} of {len(subs)} (in the order of names)'
         def say(code, text, used=True, place=place): lines.append(ReportLine(place, Finding(code, text), used))
-        try: found.append((*_folder_case(sub, pattern, say), place))
+        try: found.append((*_folder_case(sub, scan, pattern, say), place))
         except JfrError as e: lines.append(refused_line(place, e))
         if progress: progress(n, len(subs), 'looked into a folder')
     some = any(n for _,_,n,_ in found) # where no folder has a mask, none is missed
@@ -217,13 +223,14 @@ def read_folder(
     folder:Path, # one sub-folder a patient
     masks:str='*mask*', # pattern of the names of mask files, * and ? as in a shell, capitals alike
     scores=None, # .csv for `read_scores`, or a dict of folder name -> Agatston score
+    scans:str='*', # pattern of the names of volume files that may be the scan, where there is no DICOM
     join:bool=True, # folders of one DICOM patient are one patient
     progress=None, # called with (done, total, text)
 ) -> Collection:
     "The cases of a folder of patients, and what could not be used of it"
     scores = read_scores(scores) if isinstance(scores, (str, Path)) else scores
     subs, beside = _sub_folders(folder)
-    found, lines = _look_into(subs, masks, progress)
+    found, lines = _look_into(subs, scans, masks, progress)
     cases, hashes, places = ([f[k] for f in found] for k in (0,1,3))
     names = [c.patient for c in cases]
     if join:

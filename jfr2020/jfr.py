@@ -299,6 +299,9 @@ def _jfr_exam(name, files, label_key): # -> (exam, path, labels, findings), or t
         said.append(Finding('CLICK_OUTSIDE', f'{len(out)} of {len(labels.clicks)} clicks lie outside of the {shape[2]} '
                             f'slices of {side} x {side}, the first is {out[0]}: no click is used'))
         labels = replace(labels, clicks=None)
+    if labels.clicks == () and labels.risk_class != 0: # class 0 without a click is a mask without a lesion
+        said.append(Finding('NO_CLICKS', 'slices without a click, though the class is not 0: no mask is made'))
+        labels = replace(labels, clicks=None)
     return name, path, labels, [*labels.findings, *said]
 
 def _jfr_order(exam, order): # -> (order or None, findings)
@@ -330,7 +333,7 @@ def _jfr_orders(exams, order, progress): # -> ([(exam, order)], lines)
 def _jfr_case(exam, order, first, radius_mm):
     name, path, labels, _ = exam
     scan = JFRScan(path, order, first)
-    mask = JFRMask(scan, labels.clicks, radius_mm) if labels.clicks else None
+    mask = None if labels.clicks is None else JFRMask(scan, labels.clicks, radius_mm)
     return JFRCase(name, scan, mask, None, labels.risk_class)
 
 def read_jfr(
