@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_POINTS', 'BRUSH', 'COCA_NAMES', 'MAX_PLIST', 'ROI_FAULTS', 'MEASURED', 'COCA_COLUMNS', 'pixels_in_polygon',
            'CocaError', 'brush_outline', 'CocaRoi', 'read_coca_xml', 'RoiCheck', 'draw_rois', 'Collected', 'CocaMask',
-           'read_coca', 'coca_score', 'read_coca_nongated', 'write_coca_xml', 'write_coca']
+           'series_folder', 'read_coca', 'coca_score', 'read_coca_nongated', 'write_coca_xml', 'write_coca']
 
-# %% ../nbs/28d_coca.ipynb #1b89cc99
+# %% ../nbs/28d_coca.ipynb #efd54422
 import math, plistlib, re, warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .io.xlsx import *
 from .calcium import *
 from .cases import *
 
-# %% ../nbs/28d_coca.ipynb #fcc33010
+# %% ../nbs/28d_coca.ipynb #a9f89428
 MAX_POINTS = 1<<14 # of one outline
 
 def pixels_in_polygon(
@@ -50,7 +50,7 @@ class CocaError(JfrError):
     "Something of the COCA collection that cannot be used"
     code = 'COCA'
 
-# %% ../nbs/28d_coca.ipynb #5db9395d
+# %% ../nbs/28d_coca.ipynb #5405e755
 BRUSH = 1-1/255 # pixels, from the centre of a pixel to the outline beside it
 
 def brush_outline(
@@ -69,7 +69,7 @@ def brush_outline(
         else: p = front
         if (p, side) == (start, 0): return np.array(out)
 
-# %% ../nbs/28d_coca.ipynb #a9cd7f29
+# %% ../nbs/28d_coca.ipynb #7c64fd92
 COCA_NAMES = {'Left Coronary Artery': 1, 'Left Anterior Descending Artery': 2, 'Left Circumflex Artery': 3,
               'Right Coronary Artery': 4} # name of a ROI -> key of VESSELS; the first is the left main
 MAX_PLIST = 32<<20 # bytes
@@ -116,7 +116,7 @@ def read_coca_xml(
     listed = lambda a: [e for e in a if isinstance(e, dict)] if isinstance(a, list) else []
     return tuple(_roi(r, i) for i in listed(images) for r in listed(i.get('ROIs')))
 
-# %% ../nbs/28d_coca.ipynb #5fc6119a
+# %% ../nbs/28d_coca.ipynb #d3a292ef
 ROI_FAULTS = dict(NAME='another name than those of the four vessels; counted as other',
     AREA_0='its own area is 0', DEV_NAN='its own standard deviation is no number: a single pixel, mostly',
     BY_INDEX='no z: placed by ImageIndex', INDEX='ImageIndex says another slice than z; z decides',
@@ -186,7 +186,7 @@ def draw_rois(
     checks = tuple(_draw(ct, r, zs, skip, out) for r in rois)
     return MaskVolume(out, ct.geometry), checks
 
-# %% ../nbs/28d_coca.ipynb #25ab2cd2
+# %% ../nbs/28d_coca.ipynb #7d41eb75
 @dataclass(frozen=True, eq=False)
 class Collected:
     "The cases of a collection, what could not be used and why, and what should be known of the rest"
@@ -233,7 +233,10 @@ def _of(root, name): # the part of the collection, wherever it begins
     if not at.is_dir(): raise CocaError(f'no folder {name} of the collection here', 'NO_FOLDER')
     return at
 
-def _dicom(folder): # -> the one folder with .dcm files below, or a Finding
+def series_folder(
+    folder:Path, # of a patient
+) -> Path: # or a Finding that says why there is none
+    "The one folder with `.dcm` files, which is `folder` or stands in it"
     if not folder.is_dir(): return Finding('NO_SERIES', 'no folder of images')
     holds = [d for d in (folder, *sorted(folder.iterdir())) if d.is_dir() and any(d.glob('*.dcm'))]
     if len(holds) == 1: return holds[0]
@@ -257,7 +260,7 @@ def read_coca(
     root = _of(root, 'Gated_release_final')
     xmls, cases, unused, blank = {p.stem: p for p in (root/'calcium_xml').glob('*.xml')}, [], [], 0
     for p in _by_number(d for d in _of(root, 'patient').iterdir() if d.is_dir()):
-        at, xml = _dicom(p), xmls.pop(p.name, None)
+        at, xml = series_folder(p), xmls.pop(p.name, None)
         blank += xml is None
         if isinstance(at, Finding): unused.append((p.name, at))
         elif xml is None and missing == 'skip': unused.append((p.name, Finding('NO_XML', 'no outlines')))
@@ -272,7 +275,7 @@ def coca_score(
     "The score of the outlined calcium, which the gated part of the collection does not hold"
     return calcium_score(load_ct(case.image), load_mask(case.mask), rule)
 
-# %% ../nbs/28d_coca.ipynb #bf0866e5
+# %% ../nbs/28d_coca.ipynb #6bde560a
 COCA_COLUMNS = ('lca', 'lad', 'lcx', 'rca', 'total') # of scores.xlsx, after the name of the scan
 
 def _scores(rows): # rows of the sheet -> {number: (five scores)}, unused
@@ -301,7 +304,7 @@ def read_coca_nongated(
     cases, off = [], sum(abs(sum(v[:4])-v[4]) > .5 for v in scores.values())
     known = {n for n,_ in unused}
     for p in _by_number(d for d in root.iterdir() if d.is_dir()):
-        at, values = _dicom(p), scores.pop(p.name, None)
+        at, values = series_folder(p), scores.pop(p.name, None)
         if values is None and p.name in known: continue
         if values is None: at = Finding('NO_SCORE', 'no row in scores.xlsx')
         if isinstance(at, Finding): unused.append((p.name, at))
@@ -310,7 +313,7 @@ def read_coca_nongated(
     said = Finding('SUM', f'{off} rows of scores.xlsx have a total that is not the sum of their arteries')
     return Collected(tuple(cases), tuple(unused), (said,) if off else ())
 
-# %% ../nbs/28d_coca.ipynb #647b65d7
+# %% ../nbs/28d_coca.ipynb #71340b44
 def _lesion_pieces(labels): # (H,W) -> (vessel, pixels), connected by sides, without holes
     from scipy import ndimage as ndi
     for vessel in np.unique(labels[labels > 0]):
