@@ -6,7 +6,7 @@
 __all__ = ['SEGMENT_CLASSES', 'segment_class', 'read_segment_names', 'SegmentMask', 'place_segments', 'read_coca_segmentations',
            'write_segmentation']
 
-# %% ../nbs/28f_cocaseg.ipynb #875f30e9
+# %% ../nbs/28f_cocaseg.ipynb #47647e89
 import csv, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from .io.nifti import *
 from .cases import *
 from .coca import *
 
-# %% ../nbs/28f_cocaseg.ipynb #71d7a1f0
+# %% ../nbs/28f_cocaseg.ipynb #d930fad0
 SEGMENT_CLASSES = {1: 'LM', 2: 'LAD', 3: 'LCX', 4: 'RCA', 5: 'PDA', 6: 'mitral valve', 7: 'aortic valve',
                    8: 'thoracic aorta'}
 _WORDS = {1: r'left main|\blm(ca)?\b', 2: r'left anterior|\blad\b', 3: r'circumflex|\blcx\b|\bcx\b',
-          4: r'right coronary|\brca\b', 5: r'posterior descending|\bpda\b', 6: r'mitral', 7: r'aortic valve', 8: r'aorta\b'}
+          4: r'right coronary|\brca\b', 5: r'posterior descending|\bpda\b', 6: r'mitral', 7: r'aortic valve',
+          8: r'aorta\b'}
 
 def segment_class(
     name:str, # of a segment, as a person typed it
@@ -45,7 +46,7 @@ def read_segment_names(
     labels = {k.split('_')[0]: int(v) for k,v in said.items() if k.endswith('LabelValue') and v.isdigit()}
     return {v: said.get(f'{k}_Name', '') for k,v in labels.items()}
 
-# %% ../nbs/28f_cocaseg.ipynb #d0bebe45
+# %% ../nbs/28f_cocaseg.ipynb #1661d2f6
 @dataclass(frozen=True)
 class SegmentMask:
     "The mask of one exam on its scan, read when it is called"
@@ -84,7 +85,7 @@ def place_segments(
     text = f'labels {", ".join(map(str, lost))} have no name that is one of the eight classes'
     return MaskVolume(out, geometry), (Finding('SEGMENT_NAME', text),) if lost else ()
 
-# %% ../nbs/28f_cocaseg.ipynb #79c67dc1
+# %% ../nbs/28f_cocaseg.ipynb #98e3c91c
 def _splits(path): # -> {exam: split}
     try:
         with open(path, encoding='utf-8-sig', newline='') as f: rows = list(csv.DictReader(f.read(1<<22).splitlines()))
@@ -115,13 +116,15 @@ def read_coca_segmentations(
     splits = _splits(root/'train_test_split.csv')
     for exam,part in splits.items():
         if split not in (None, part): continue
-        at = series_folder(images/exam) if exam in masks else Finding('NO_MASK', 'no mask; that is not taken as no calcium')
+        none = Finding('NO_MASK', 'no mask; that is not taken as no calcium')
+        at = series_folder(images/exam) if exam in masks else none
         if isinstance(at, Finding): unused.append((exam, at))
         else: cases.append(Case(exam, at, SegmentMask(at, masks[exam], classes), scores.get(exam)))
-    unused += [(e, Finding('NO_SPLIT', 'a mask that train_test_split.csv does not list')) for e in masks if e not in splits]
+    extra = Finding('NO_SPLIT', 'a mask that train_test_split.csv does not list')
+    unused += [(e, extra) for e in masks if e not in splits]
     return Collected(tuple(cases), tuple(unused))
 
-# %% ../nbs/28f_cocaseg.ipynb #c2eeb141
+# %% ../nbs/28f_cocaseg.ipynb #5904c131
 def write_segmentation(
     mask:MaskVolume, # any labels
     names:dict, # label -> name of its segment
