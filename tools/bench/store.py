@@ -162,9 +162,16 @@ def spend(code, *arguments): # -> CPU-s, wall s, MiB of the largest process
     return after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime, wall, int(done.stdout)/1024
 
 
+def as_double(path): # the files of dwi_ml's figure hold float64 with all bits in use: twice the bytes to unpack
+    import nibabel as nib
+    img = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(img.dataobj, float)/3, img.affine), path)
+
+
 def creation(folder, rounds):
-    "Three full-size subjects from NIfTI and trk to a store, as a command of its own"
+    "Three full-size subjects from NIfTI (harmonics in float64) and trk to a store, as a command of its own"
     write_dwi_cohort(folder/'cohort', 3, seed=2024, **LARGE_HEAD)
+    for path in (folder/'cohort').rglob('sh.nii.gz'): as_double(path)
     spent, out = {}, folder/'made'
     for _ in range(rounds):
         for name,code,more in (('store, one process', CREATE, ('1',)), ('store, two processes', CREATE, ('2',)),
