@@ -307,6 +307,24 @@ def test_an_exam_of_class_0_without_clicks_has_an_empty_mask(tmp_path):
     assert not got.cases[0].mask().data.any() and got.cases[1].mask is None and of(got, IDS[1]) == ['NO_CLICKS']
 
 
+@pytest.mark.parametrize('at, fits', [((19,0,0),True), ((20,0,0),False), ((0,63.5,-.5),True), ((0,63.6,0),False), ((0,0,-.6),False)])
+def test_clicks_outside_of_the_series_are_not_used(tmp_path, at, fits):
+    write_jfr_exam(scan()[0], tmp_path, IDS[0], 2, [at])
+    got = read_jfr(tmp_path, 'ij', check=True)
+    assert len(got) == 1 and (got.cases[0].mask is not None) == fits and ('CLICK_OUTSIDE' in codes(got)) != fits
+
+
+def test_two_workers_load_what_one_process_loads(tmp_path):
+    from operator import attrgetter
+    from fastai.data.all import DataBlock
+    from jfr2020.data.block import CTBlock, MaskBlock, PatientSplitter
+    ct,_,clicks = scan()
+    for k in range(4): write_jfr_exam(ct.like(ct.data+np.int16(k)), tmp_path, IDS[k], 2, clicks)
+    block = DataBlock(blocks=(CTBlock, MaskBlock), get_x=attrgetter('image'), get_y=attrgetter('mask'), splitter=PatientSplitter(.5))
+    sets = [block.dataloaders(read_jfr(tmp_path).cases, bs=2, num_workers=n, device='cpu').valid.one_batch() for n in (0,2)]
+    assert all(bool((a == b).all()) for a,b in zip(*sets)) and sets[0][1].sum() > 0
+
+
 def test_cases_travel_to_workers_and_give_the_same(tmp_path):
     ct,_,clicks = scan()
     write_jfr_exam(ct, tmp_path, IDS[0], 2, clicks)
