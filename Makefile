@@ -5,7 +5,7 @@ SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 export OMP_NUM_THREADS ?= 2
 export MPLBACKEND = agg
 
-.PHONY: demo test bench page readme clean
+.PHONY: demo test bench faults page readme clean
 
 .venv/made:
 	python3 -m venv .venv
@@ -34,6 +34,9 @@ test: .venv/dev ## every check, ends with pytest's own line
 
 bench: .venv/bench ## side-by-side tables, ratios in one run
 	$(PY) -m tools.bench
+
+faults: .venv/dev ## kills, full disks, flipped bits and many readers against the store, many times: minutes
+	$(PY) -m tools.faults
 
 page: .venv/dev ## make page NB=nbs/22_calcium.ipynb: export, run, keep outputs, clean
 	$(PY) tools/page.py $(NB)
