@@ -7,7 +7,7 @@ __all__ = ['MAX_POINTS', 'BRUSH', 'COCA_NAMES', 'MAX_PLIST', 'ROI_FAULTS', 'MEAS
            'CocaError', 'brush_outline', 'CocaRoi', 'read_coca_xml', 'RoiCheck', 'draw_rois', 'Collected', 'CocaMask',
            'series_folder', 'read_coca', 'coca_score', 'read_coca_nongated', 'write_coca_xml', 'write_coca']
 
-# %% ../nbs/28d_coca.ipynb #efd54422
+# %% ../nbs/28d_coca.ipynb #6b2eaf28
 import math, plistlib, re, warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .io.xlsx import *
 from .calcium import *
 from .cases import *
 
-# %% ../nbs/28d_coca.ipynb #a9f89428
+# %% ../nbs/28d_coca.ipynb #5a1e4cbb
 MAX_POINTS = 1<<14 # of one outline
 
 def pixels_in_polygon(
@@ -50,7 +50,7 @@ class CocaError(JfrError):
     "Something of the COCA collection that cannot be used"
     code = 'COCA'
 
-# %% ../nbs/28d_coca.ipynb #5405e755
+# %% ../nbs/28d_coca.ipynb #700e3852
 BRUSH = 1-1/255 # pixels, from the centre of a pixel to the outline beside it
 
 def brush_outline(
@@ -69,7 +69,7 @@ def brush_outline(
         else: p = front
         if (p, side) == (start, 0): return np.array(out)
 
-# %% ../nbs/28d_coca.ipynb #7c64fd92
+# %% ../nbs/28d_coca.ipynb #9d46ef0a
 COCA_NAMES = {'Left Coronary Artery': 1, 'Left Anterior Descending Artery': 2, 'Left Circumflex Artery': 3,
               'Right Coronary Artery': 4} # name of a ROI -> key of VESSELS; the first is the left main
 MAX_PLIST = 32<<20 # bytes
@@ -85,13 +85,14 @@ class CocaRoi:
 
 def _number(v): return float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else math.nan
 
-def _points(texts, n): # '(x, y)' -> (N,n)
-    number = r'\s*([-+.\deE]+)\s*'
+def _points(texts, n): # '(x, y)' -> (N,n), empty where one of them cannot be read
+    number, none = r'\s*([-+.\deE]+)\s*', np.empty((0, n))
     form = re.compile(r'\(' + ','.join([number]*n) + r'\)')
-    found = [form.fullmatch(t.strip()) for t in texts if isinstance(t, str)] if isinstance(texts, list) else []
+    if not isinstance(texts, list) or len(texts) > MAX_POINTS: return none
+    found = [form.fullmatch(t.strip()) for t in texts if isinstance(t, str)]
     try: out = np.array([[float(x) for x in m.groups()] for m in found if m]).reshape(-1, n)
-    except ValueError: return np.empty((0, n))
-    return out if len(out) == len(texts or ()) and np.isfinite(out).all() else np.empty((0, n))
+    except ValueError: return none
+    return out if len(out) == len(texts) and (np.abs(out) < 1e5).all() else none
 
 def _roi(r, image): # dictionaries of a ROI and of its image -> CocaRoi
     z, index = _points(r.get('Point_mm'), 3)[:,2], image.get('ImageIndex')
@@ -116,7 +117,7 @@ def read_coca_xml(
     listed = lambda a: [e for e in a if isinstance(e, dict)] if isinstance(a, list) else []
     return tuple(_roi(r, i) for i in listed(images) for r in listed(i.get('ROIs')))
 
-# %% ../nbs/28d_coca.ipynb #d3a292ef
+# %% ../nbs/28d_coca.ipynb #03b5e720
 ROI_FAULTS = dict(NAME='another name than those of the four vessels; counted as other',
     AREA_0='its own area is 0', DEV_NAN='its own standard deviation is no number: a single pixel, mostly',
     BY_INDEX='no z: placed by ImageIndex', INDEX='ImageIndex says another slice than z; z decides',
@@ -186,7 +187,7 @@ def draw_rois(
     checks = tuple(_draw(ct, r, zs, skip, out) for r in rois)
     return MaskVolume(out, ct.geometry), checks
 
-# %% ../nbs/28d_coca.ipynb #7d41eb75
+# %% ../nbs/28d_coca.ipynb #a15c9cde
 @dataclass(frozen=True, eq=False)
 class Collected:
     "The cases of a collection, what could not be used and why, and what should be known of the rest"
@@ -275,7 +276,7 @@ def coca_score(
     "The score of the outlined calcium, which the gated part of the collection does not hold"
     return calcium_score(load_ct(case.image), load_mask(case.mask), rule)
 
-# %% ../nbs/28d_coca.ipynb #6bde560a
+# %% ../nbs/28d_coca.ipynb #ed4af92c
 COCA_COLUMNS = ('lca', 'lad', 'lcx', 'rca', 'total') # of scores.xlsx, after the name of the scan
 
 def _scores(rows): # rows of the sheet -> {number: (five scores)}, unused
@@ -313,7 +314,7 @@ def read_coca_nongated(
     said = Finding('SUM', f'{off} rows of scores.xlsx have a total that is not the sum of their arteries')
     return Collected(tuple(cases), tuple(unused), (said,) if off else ())
 
-# %% ../nbs/28d_coca.ipynb #71340b44
+# %% ../nbs/28d_coca.ipynb #d53cb3b9
 def _lesion_pieces(labels): # (H,W) -> (vessel, pixels), connected by sides, without holes
     from scipy import ndimage as ndi
     for vessel in np.unique(labels[labels > 0]):
