@@ -239,5 +239,5 @@ def read_folder(
             text = f'its DICOM patient is that of {places[names.index(cases[k].patient)]}'
             lines.append(ReportLine(places[k], Finding('SAME_PATIENT', text)))
     cases, more = _join_scores(cases, names, scores, places)
-    if beside: more.append(ReportLine('beside them', Finding('OTHER_FILES', f'{beside} files in no sub-folder'), False))
+    if beside: more.append(ReportLine('all', Finding('OTHER_FILES', f'files in no sub-folder: {beside}'), False))
     return Collection(cases, (*lines, *more))

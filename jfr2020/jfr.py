@@ -160,6 +160,7 @@ def _jfr_class(doc, label_key): # -> class or None
     labels = SCHEMES['jfr2020'].labels
     read = {str(k): k for k in range(len(labels))} | {l: k for k,l in enumerate(labels)}
     values = [doc.get(label_key)] if label_key else [v for k,v in doc.items() if not k.isdigit()]
+    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     found = {read.get(str(v).strip()) for v in values if isinstance(v, (str,int)) and not isinstance(v, bool)}-{None}
     return found.pop() if len(found) == 1 else None
 
@@ -185,7 +186,8 @@ def read_jfr_labels(
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e: raise ConfigError('not JSON') from e
     if not isinstance(doc, dict): raise ConfigError(f'an object with keys needed, found {type(doc).__name__}')
     risk, said = _jfr_class(doc, label_key), []
-    if risk is None: said.append(Finding('CLASS_UNREAD', f'no single class 0 to 4 among the {len(doc)} keys'))
+    none = f'no single class 0 to 4 among the {len(doc)} keys; label_key may name it'
+    if risk is None: said.append(Finding('CLASS_UNREAD', none))
     if len(doc) > 2: return JFRLabels(risk, _jfr_clicks(doc), tuple(said))
     if any(k.isdigit() for k in doc): said.append(Finding('FEW_KEYS', 'two keys or fewer hold the class alone: '
                                                           'the one of digits was not read'))
@@ -356,7 +358,7 @@ def read_jfr(
     chosen, more = _jfr_orders(exams, order, progress)
     cases, lines = [_jfr_case(e, o, first, radius_mm) for e,o in chosen], lines+more
     if check: cases, more = _jfr_checked(cases, progress); lines += more
-    if other: lines.append(ReportLine(EVERY, Finding('OTHER_FILES', f'{other} files are none of the challenge'), False))
+    if other: lines.append(ReportLine(EVERY, Finding('OTHER_FILES', f'files of another kind: {other}'), False))
     text = f'spacing is that of the voxel sizes; orientation is not known, taken as: first slice nearest to the {first}'
     return Collection(cases, tuple(sorted([ReportLine(EVERY, Finding('ORIENTATION', text)), *lines], key=_by_place)))
 

@@ -92,6 +92,15 @@ def test_scaling_and_byte_order_of_the_header(tmp_path, slope, inter, dtype):
     assert np.abs(read_jfr_ct(tmp_path/'a.nii.gz').data-want).max() < 1e-3
 
 
+def test_three_axes_are_read_and_said(tmp_path):
+    ct,_,_ = scan()
+    write_jfr_exam(ct, tmp_path, IDS[0], 2)
+    img = nib.Nifti1Image(ct.data.transpose(1,2,0), np.diag([.8,.8,3,1])); img.header['xyzt_units'] = 2
+    nib.save(img, tmp_path/f'{IDS[0]}.nii.gz')
+    got = read_jfr(tmp_path, 'ij')
+    assert (got.cases[0].image().data == ct.data).all() and of(got, IDS[0]) == ['THREE_AXES']
+
+
 @pytest.mark.parametrize('where', range(0, 352, 11))
 def test_damaged_headers_are_refused_or_read(tmp_path, where):
     path = write_jfr_exam(scan()[0], tmp_path, IDS[0], 0)
@@ -284,7 +293,7 @@ def test_names_of_people_are_never_repeated(tmp_path):
     write_jfr_exam(ct, tmp_path, IDS[0], 2, clicks, series='_DUPONT')
     (tmp_path/'DUPONT_Jean.nii.gz').write_bytes(b''); (tmp_path/'DUPONT_Jean.json').write_text('{}')
     got = read_jfr(tmp_path, check=True)
-    assert codes(got)['OTHER_FILES'] == 1 and '2 files' in str(got.report[0])+str(got.report[1])
+    assert codes(got)['OTHER_FILES'] == 1 and 'kind: 2' in str(got.report[0])+str(got.report[1])
     assert 'DUPONT' not in repr(got)+''.join(map(str, got.report))+repr(got.cases)+repr(got.cases[0].image)+repr(got.cases[0].mask)
 
 
