@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['META_TYPES', 'is_metaimage', 'metaimage_header', 'read_metaimage', 'metaimage_geometry', 'write_metaimage']
 
-# %% ../../nbs/11c_io.metaimage.ipynb #7775d2e9
+# %% ../../nbs/11c_io.metaimage.ipynb #a9779f47
 import os, zlib
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from ..volume import *
 from ..config import write_atomic
 from .nifti import *
 
-# %% ../../nbs/11c_io.metaimage.ipynb #675afc38
+# %% ../../nbs/11c_io.metaimage.ipynb #9e065636
 META_TYPES = dict(MET_CHAR='i1', MET_UCHAR='u1', MET_SHORT='i2', MET_USHORT='u2', MET_INT='i4', MET_UINT='u4',
                   MET_LONG_LONG='i8', MET_ULONG_LONG='u8', MET_FLOAT='f4', MET_DOUBLE='f8') # word -> numpy's
 
@@ -36,7 +36,7 @@ def metaimage_header(
         key,sep,value = line.decode('latin-1').partition('=')
         if not sep or not line.endswith(b'\n') and key.strip() != 'ElementDataFile': break
         out[key.strip()] = value.strip()
-        if key.strip() == 'ElementDataFile': return out
+        if key.strip() == 'ElementDataFile' and (value.strip() == 'LOCAL' or not f.read(1<<12).strip()): return out
     raise VolumeFileError('not a MetaImage header that ends in ElementDataFile', 'NOT_METAIMAGE', AGAIN)
 
 def _said(h, names, n, default=None): # the first of `names` in the header, as n numbers
@@ -64,7 +64,7 @@ def _affine(h): # -> (4,4), (i,j,k) -> RAS+ mm; each row of TransformMatrix is t
     A[:3,3] = _said(h, ('Offset', 'Position', 'Origin'), 3)
     return lps2ras(A)
 
-# %% ../../nbs/11c_io.metaimage.ipynb #e0604f86
+# %% ../../nbs/11c_io.metaimage.ipynb #b33072c9
 def _true(h, *names): return any(h.get(k, '').lower() in ('true', '1') for k in names)
 
 def _open_data(path, f, h): # -> open file at its voxels
@@ -134,7 +134,7 @@ def _as_hu(a): # refused where no chest has such values; padding becomes OUTSIDE
                               f'{tissue:.2%} above (1 % needed)', 'NOT_HU', 'convert the scan again')
     return np.maximum(a, a.dtype.type(OUTSIDE))
 
-# %% ../../nbs/11c_io.metaimage.ipynb #25c191e9
+# %% ../../nbs/11c_io.metaimage.ipynb #42641f61
 def _words(v, dtype, name, packed): # -> bytes of the header
     A, mm = lps2ras(v.geometry.affine[:,[2,1,0,3]]), v.spacing[::-1]
     kind = {t: k for k,t in META_TYPES.items()}.get(dtype.str[1:])
