@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MAX_POINTS', 'BRUSH', 'COCA_NAMES', 'MAX_PLIST', 'ROI_FAULTS', 'MEASURED', 'COCA_COLUMNS', 'pixels_in_polygon',
            'CocaError', 'brush_outline', 'CocaRoi', 'read_coca_xml', 'RoiCheck', 'draw_rois', 'Collected', 'CocaMask',
-           'series_folder', 'read_coca', 'coca_score', 'read_coca_nongated', 'write_coca_xml', 'write_coca']
+           'series_folder', 'read_coca', 'coca_score', 'score_cases', 'read_coca_nongated', 'write_coca_xml',
+           'write_coca']
 
-# %% ../nbs/28d_coca.ipynb #6b2eaf28
+# %% ../nbs/28d_coca.ipynb #6796b074
 import math, plistlib, re, warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.parsers.expat import ExpatError
 import numpy as np
@@ -24,7 +25,7 @@ from .io.xlsx import *
 from .calcium import *
 from .cases import *
 
-# %% ../nbs/28d_coca.ipynb #5a1e4cbb
+# %% ../nbs/28d_coca.ipynb #ecee6bde
 MAX_POINTS = 1<<14 # of one outline
 
 def pixels_in_polygon(
@@ -50,7 +51,7 @@ class CocaError(JfrError):
     "Something of the COCA collection that cannot be used"
     code = 'COCA'
 
-# %% ../nbs/28d_coca.ipynb #700e3852
+# %% ../nbs/28d_coca.ipynb #6c157950
 BRUSH = 1-1/255 # pixels, from the centre of a pixel to the outline beside it
 
 def brush_outline(
@@ -69,7 +70,7 @@ def brush_outline(
         else: p = front
         if (p, side) == (start, 0): return np.array(out)
 
-# %% ../nbs/28d_coca.ipynb #9d46ef0a
+# %% ../nbs/28d_coca.ipynb #09f78203
 COCA_NAMES = {'Left Coronary Artery': 1, 'Left Anterior Descending Artery': 2, 'Left Circumflex Artery': 3,
               'Right Coronary Artery': 4} # name of a ROI -> key of VESSELS; the first is the left main
 MAX_PLIST = 32<<20 # bytes
@@ -117,7 +118,7 @@ def read_coca_xml(
     listed = lambda a: [e for e in a if isinstance(e, dict)] if isinstance(a, list) else []
     return tuple(_roi(r, i) for i in listed(images) for r in listed(i.get('ROIs')))
 
-# %% ../nbs/28d_coca.ipynb #03b5e720
+# %% ../nbs/28d_coca.ipynb #fd74ca88
 ROI_FAULTS = dict(NAME='another name than those of the four vessels; counted as other',
     AREA_0='its own area is 0', DEV_NAN='its own standard deviation is no number: a single pixel, mostly',
     BY_INDEX='no z: placed by ImageIndex', INDEX='ImageIndex says another slice than z; z decides',
@@ -187,7 +188,7 @@ def draw_rois(
     checks = tuple(_draw(ct, r, zs, skip, out) for r in rois)
     return MaskVolume(out, ct.geometry), checks
 
-# %% ../nbs/28d_coca.ipynb #a15c9cde
+# %% ../nbs/28d_coca.ipynb #408d0085
 @dataclass(frozen=True, eq=False)
 class Collected:
     "The cases of a collection, what could not be used and why, and what should be known of the rest"
@@ -208,8 +209,8 @@ class Collected:
 @dataclass(frozen=True)
 class CocaMask:
     "The mask of a gated patient, drawn when it is called"
-    folder:Path # of the series
-    xml:Path # of the outlines, or None: nothing is drawn
+    folder:Path=field(repr=False) # of the series
+    xml:Path=field(repr=False) # of the outlines, or None: nothing is drawn
     skip:tuple=() # as in `draw_rois`
     faulty:str='warn' # where the file's own numbers disagree: 'warn' or 'refuse'
 
@@ -259,7 +260,7 @@ def read_coca(
     if missing not in ('zero', 'skip') or faulty not in ('warn', 'refuse'):
         raise ConfigError(f"missing is 'zero' or 'skip', faulty 'warn' or 'refuse', got {missing!r} and {faulty!r}")
     root = _of(root, 'Gated_release_final')
-    xmls, cases, unused, blank = {p.stem: p for p in (root/'calcium_xml').glob('*.xml')}, [], [], 0
+    xmls, cases, unused, blank = {p.stem: p for p in _of(root, 'calcium_xml').glob('*.xml')}, [], [], 0
     for p in _by_number(d for d in _of(root, 'patient').iterdir() if d.is_dir()):
         at, xml = series_folder(p), xmls.pop(p.name, None)
         blank += xml is None
@@ -276,7 +277,23 @@ def coca_score(
     "The score of the outlined calcium, which the gated part of the collection does not hold"
     return calcium_score(load_ct(case.image), load_mask(case.mask), rule)
 
-# %% ../nbs/28d_coca.ipynb #ed4af92c
+# %% ../nbs/28d_coca.ipynb #f48eded7
+def score_cases(
+    collected:Collected, # cases of any collection; those with a mask and no score get one
+    rule:ScoreRule=AGATSTON, # which voxels count, with which weight
+    progress=None, # called with (done, total, text)
+) -> Collected: # what cannot be read or scored is not used, with the reason
+    "The cases with the score of their mask, each read once"
+    cases, unused = [], list(collected.unused)
+    for n,c in enumerate(collected, 1):
+        try:
+            if c.score is None and c.mask is not None: c = replace(c, score=coca_score(c, rule).agatston)
+            cases.append(c)
+        except JfrError as e: unused.append((c.patient, Finding(e.code, e.cause)))
+        if progress: progress(n, len(collected), 'scored')
+    return Collected(tuple(cases), tuple(unused), collected.findings)
+
+# %% ../nbs/28d_coca.ipynb #09cf09ab
 COCA_COLUMNS = ('lca', 'lad', 'lcx', 'rca', 'total') # of scores.xlsx, after the name of the scan
 
 def _scores(rows): # rows of the sheet -> {number: (five scores)}, unused
@@ -314,7 +331,7 @@ def read_coca_nongated(
     said = Finding('SUM', f'{off} rows of scores.xlsx have a total that is not the sum of their arteries')
     return Collected(tuple(cases), tuple(unused), (said,) if off else ())
 
-# %% ../nbs/28d_coca.ipynb #d53cb3b9
+# %% ../nbs/28d_coca.ipynb #8dbdea45
 def _lesion_pieces(labels): # (H,W) -> (vessel, pixels), connected by sides, without holes
     from scipy import ndimage as ndi
     for vessel in np.unique(labels[labels > 0]):
@@ -364,6 +381,7 @@ def write_coca(
 ) -> Path: # `out`
     "A collection in the format of COCA from synthetic chests; patients are numbered from 0"
     root, kind = Path(out)/'Gated_release_final', Protocol(thickness_mm=3., description='synthetic')
+    if gated: (root/'calcium_xml').mkdir(parents=True, exist_ok=True)
     for n,c in enumerate(gated):
         _write_images(c.ct, root/'patient'/str(n)/'Pro_Gated_CS_3.0_I30f_3_70%', kind, n)
         if c.lesions.data.any(): write_coca_xml(c.ct, c.lesions, root/'calcium_xml'/f'{n}.xml')

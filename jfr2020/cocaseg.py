@@ -6,9 +6,9 @@
 __all__ = ['SEGMENT_CLASSES', 'segment_class', 'read_segment_names', 'SegmentMask', 'place_segments', 'read_coca_segmentations',
            'write_segmentation']
 
-# %% ../nbs/28f_cocaseg.ipynb #27ed626d
+# %% ../nbs/28f_cocaseg.ipynb #0837b85a
 import csv, re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 
@@ -20,7 +20,7 @@ from .io.nifti import *
 from .cases import *
 from .coca import *
 
-# %% ../nbs/28f_cocaseg.ipynb #941d368c
+# %% ../nbs/28f_cocaseg.ipynb #23d33c1b
 SEGMENT_CLASSES = {1: 'LM', 2: 'LAD', 3: 'LCX', 4: 'RCA', 5: 'PDA', 6: 'mitral valve', 7: 'aortic valve',
                    8: 'thoracic aorta'}
 _WORDS = {1: r'left main|\blm(ca)?\b', 2: r'left anterior|\blad\b', 3: r'circumflex|\blcx\b|\bcx\b',
@@ -46,12 +46,12 @@ def read_segment_names(
     labels = {k.split('_')[0]: int(v) for k,v in said.items() if k.endswith('LabelValue') and v.isdigit()}
     return {v: said.get(f'{k}_Name', '') for k,v in labels.items()}
 
-# %% ../nbs/28f_cocaseg.ipynb #e36aac7b
+# %% ../nbs/28f_cocaseg.ipynb #7d894b79
 @dataclass(frozen=True)
 class SegmentMask:
     "The mask of one exam on its scan, read when it is called"
-    folder:Path # of the series
-    path:Path # .nrrd
+    folder:Path=field(repr=False) # of the series
+    path:Path=field(repr=False) # .nrrd
     classes:str='coronary' # 'coronary': classes 1 to 5, the rest is background; 'all': keys of `SEGMENT_CLASSES`
 
     def read(self) -> tuple: # (MaskVolume with keys of `SEGMENT_CLASSES` on the grid of the scan, tuple of Finding)
@@ -85,7 +85,7 @@ def place_segments(
     text = f'labels {", ".join(map(str, lost))} have no name that is one of the eight classes'
     return MaskVolume(out, geometry), (Finding('SEGMENT_NAME', text),) if lost else ()
 
-# %% ../nbs/28f_cocaseg.ipynb #b4c1e7de
+# %% ../nbs/28f_cocaseg.ipynb #32e0d9ca
 def _splits(path): # -> {exam: split}
     try:
         with open(path, encoding='utf-8-sig', newline='') as f: rows = list(csv.DictReader(f.read(1<<22).splitlines()))
@@ -124,7 +124,7 @@ def read_coca_segmentations(
     unused += [(e, extra) for e in masks if e not in splits]
     return Collected(tuple(cases), tuple(unused))
 
-# %% ../nbs/28f_cocaseg.ipynb #854db58a
+# %% ../nbs/28f_cocaseg.ipynb #393d9151
 def write_segmentation(
     mask:MaskVolume, # any labels
     names:dict, # label -> name of its segment

@@ -7,9 +7,9 @@ __all__ = ['ORCA_LABELS', 'ORCA_RULE', 'OrcaError', 'from_orca_labels', 'to_orca
            'OrcaCounts', 'orca_measures', 'OrcaMask', 'read_orcascore', 'check_orca_mask', 'write_orca_submission',
            'write_orcascore']
 
-# %% ../nbs/28e_orcascore.ipynb #581063c0
+# %% ../nbs/28e_orcascore.ipynb #6dd87eb3
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -24,7 +24,7 @@ from .variants import *
 from .cases import *
 from .coca import Collected
 
-# %% ../nbs/28e_orcascore.ipynb #ed4ea501
+# %% ../nbs/28e_orcascore.ipynb #e7a7f8df
 ORCA_LABELS = {1: 'LAD', 2: 'LCX', 3: 'RCA', 4: 'unspecified'} # of the challenge's masks; LAD includes the left main
 
 class OrcaError(JfrError):
@@ -54,7 +54,7 @@ def to_orca_labels(
         raise OrcaError(found, 'LABELS', 'say what they are: other=4 or other=0')
     return mask.like(np.array([0,1,1,2,3,other or 0], np.int16)[v])
 
-# %% ../nbs/28e_orcascore.ipynb #ad0484e2
+# %% ../nbs/28e_orcascore.ipynb #9eb8af48
 ORCA_RULE = RULES['orcascore'] # strictly above the threshold; touching by faces, in three dimensions
 
 def orca_components(
@@ -86,7 +86,7 @@ def majority_labels(
     parts, n = orca_components(ct)
     return mask.like(_majority(parts, n, _codes(mask.data))[parts])
 
-# %% ../nbs/28e_orcascore.ipynb #f0d132ff
+# %% ../nbs/28e_orcascore.ipynb #53c5769d
 @dataclass(frozen=True)
 class OrcaCounts:
     "Lesions found, invented and missed, by number and by volume; add them up over patients"
@@ -143,13 +143,13 @@ def orca_measures(
     each = {name: None if (b == 4).any() else _count(a == k, b == k, mm3) for k,name in ORCA_LABELS.items() if k < 4}
     return dict(all=_count(a > 0, b > 0, mm3), **each)
 
-# %% ../nbs/28e_orcascore.ipynb #6fe89931
+# %% ../nbs/28e_orcascore.ipynb #f1ef0a08
 _NAME = re.compile(r'((TR|TE|VA)V\d{1,3}P\d{1,3})(CTI|CTAI|R)')
 
 @dataclass(frozen=True)
 class OrcaMask:
     "The reference of a patient in our labels, read when it is called"
-    path:Path # of the label image
+    path:Path=field(repr=False) # of the label image
 
     def raw(self) -> MaskVolume:
         "The labels as the challenge has them"
@@ -212,7 +212,7 @@ def check_orca_mask(
                 MIXED=(mixed, 'lesions have several labels'), PARTLY=(partly, 'lesions are labelled in part'))
     return tuple(Finding(k, f'{m} {text}') for k,(m,text) in said.items() if m)
 
-# %% ../nbs/28e_orcascore.ipynb #b34bf47c
+# %% ../nbs/28e_orcascore.ipynb #ba17ca2e
 def write_orca_submission(
     mask:MaskVolume, # keys of VESSELS
     path:Path, # .mhd, named as the challenge asks

@@ -14,7 +14,7 @@ from scipy import ndimage as ndi
 from jfr2020.calcium import agatston
 from jfr2020.cases import load_ct, load_mask
 from jfr2020.coca import (MAX_POINTS, ROI_FAULTS, CocaError, CocaMask, CocaRoi, brush_outline, coca_score, draw_rois, pixels_in_polygon,
-                          read_coca, read_coca_nongated, read_coca_xml, write_coca, write_coca_xml)
+                          read_coca, read_coca_nongated, read_coca_xml, score_cases, write_coca, write_coca_xml)
 from jfr2020.cocaseg import place_segments, read_coca_segmentations, read_segment_names, segment_class, write_segmentation
 from jfr2020.errors import JfrError
 from jfr2020.geometry import Geometry
@@ -197,6 +197,37 @@ def test_lists_what_cannot_be_used(chests, tmp_path):
     assert {(n, f.code) for n, f in got.unused} == {('7', 'NO_SERIES'), ('8', 'MANY_SERIES'), ('99', 'NO_SERIES')}
     assert '99' not in repr(got) and 'NO_SERIES' in repr(got)
     assert len(read_coca(root, missing='skip')) == 1
+
+
+def test_no_folder_of_outlines_is_not_no_calcium(chests, tmp_path):
+    root = write_coca(tmp_path, chests[1:])/'Gated_release_final'
+    assert read_coca(tmp_path)[0].score == 0
+    (root/'calcium_xml').rmdir()
+    with pytest.raises(CocaError, match='NO_FOLDER'): read_coca(tmp_path)
+
+
+def test_scores_of_cases_and_what_cannot_be_scored(chests, tmp_path):
+    root = write_coca(tmp_path, [chests[0], chests[0], chests[1]])/'Gated_release_final'
+    (root/'calcium_xml'/'1.xml').write_text('<plist>')
+    seen = []
+    got = score_cases(read_coca(tmp_path), progress=lambda *a: seen.append(a[:2]))
+    assert [(c.patient, round(c.score, 6)) for c in got] == [('0', round(agatston(chests[0].ct, chests[0].lesions), 6)), ('2', 0)]
+    assert [(n, f.code) for n, f in got.unused] == [('1', 'XML')] and seen == [(1, 3), (2, 3), (3, 3)]
+    assert str(tmp_path) not in repr(got.cases) + repr(got.cases[0].mask)
+
+
+def test_outlines_on_a_real_scan(shared_data, tmp_path):
+    from jfr2020.io.series import find_series
+    from jfr2020.io.dicom import read_series
+    entry = next((e for e in find_series(sorted(p for p in (shared_data/'ct').iterdir() if p.is_dir())[0]) if e.series), None)
+    if entry is None: pytest.skip('no readable series there')
+    ct = read_series(entry.series)
+    label, rng = np.zeros(ct.shape, 'u1'), np.random.default_rng(0)
+    for k in range(40):
+        d, h, w = (int(rng.integers(0, n-8)) for n in ct.shape)
+        label[d, h:h+1+k % 6, w:w+1+k % 5] = 1+k % 4
+    mask, checks = draw_rois(ct, read_coca_xml(write_coca_xml(ct, MaskVolume(label, ct.geometry), tmp_path/'x.xml')))
+    assert np.array_equal(mask.data, label) and not {f for c in checks for f in c.faults} - {'DEV_NAN'}
 
 
 def test_lesion_with_a_hole(tmp_path):
