@@ -62,6 +62,9 @@ def plain(
     "What heavy arithmetic is done on: subclasses cost time at every operation"
     return x.as_subclass(torch.Tensor).float()
 
+def _bare(x): # the same memory as a plain tensor of its own type
+    return x.as_subclass(torch.Tensor)
+
 def _column(a): return a[:,None,None,None,None] # (B,) -> for (B,C,D,H,W)
 
 # %% ../../nbs/30a_data.batch.ipynb #f1ca2142
@@ -72,7 +75,7 @@ class WindowHU(BatchTransform):
         window='mediastinum', # name of `WINDOWS`, `Window`, or (level, width) in HU
     ): super().__init__(); self.window = get_window(window)
     def encodes(self, x:TensorVolume) -> None:
-        w = self.window; return TensorVolume(((plain(x)-w.low)/w.width).clamp_(0, 1))
+        w = self.window; return TensorVolume((_bare(x)-w.low).float().div_(w.width).clamp_(0, 1))
     def decodes(self, x:TensorVolume) -> None:
         w = self.window; return TensorVolume(plain(x)*w.width+w.low)
 
@@ -86,14 +89,18 @@ class HistogramGrey(BatchTransform):
         if not isinstance(scale, HistogramScale):
             raise ConfigError(f'HistogramGrey needs a HistogramScale, got {type(scale).__name__}')
         self.scale = scale
-    def encodes(self, x:TensorVolume) -> None: return TensorVolume(_by_scale(x.as_subclass(torch.Tensor), self.scale))
+    def encodes(self, x:TensorVolume) -> None: return TensorVolume(_by_scale(_bare(x), self.scale))
     def decodes(self, x:TensorVolume) -> None: return TensorVolume(_interp(plain(x), self.scale.grey, self.scale.hu))
 
 def _by_scale(x, scale):
-    if x.dtype != torch.int16: return _interp(x.float(), scale.hu, scale.grey)
-    if x.device.type == 'cpu': return torch.from_numpy(scale(x.numpy()))
-    table = torch.from_numpy(np.roll(scale.table, LEVELS//2)).to(x.device)
-    return table[x.long()+LEVELS//2]
+    if x.dtype == torch.int16 and x.device.type == 'cpu': return torch.from_numpy(scale(x.numpy()))
+    if any(h != round(h) for h in scale.hu): return _interp(x.float(), scale.hu, scale.grey)
+    grey = torch.from_numpy(np.roll(scale.table, LEVELS//2)).to(x.device) # linear between two whole HU
+    x = x.float().clamp(-LEVELS//2, LEVELS//2-1)
+    low = x.floor()
+    i = low.int().add_(LEVELS//2).clamp_(min=0).flatten() # nan has a place too, and stays nan
+    look = lambda t: t.index_select(0, i).view(x.shape)
+    return look(grey).addcmul_(look(F.pad(grey.diff(), (0,1))), x.sub_(low))
 
 def _interp(x, xs, ys): # linear, clamped at the ends
     xs, ys = (torch.tensor(o, dtype=torch.float64, device=x.device) for o in (xs, ys))
@@ -104,9 +111,11 @@ def _interp(x, xs, ys): # linear, clamped at the ends
 class LabelsToLong(BatchTransform):
     "Labels as int64, as losses want them"
     split_idx,order,keeps_score = None,20,True
-    def encodes(self, y:TensorLabels) -> None: return TensorLabels(y.as_subclass(torch.Tensor).long())
+    def encodes(self, y:TensorLabels) -> None: return TensorLabels(_bare(y).long())
 
 # %% ../../nbs/30a_data.batch.ipynb #47b900fa
+_SLICES = 12 # slices looked up at once: more of them would evict one another from a core's cache
+
 def plane_maps(
     turn, # (B,) radians
     zoom, # (B,) factor, above 1 enlarges
@@ -120,14 +129,16 @@ def plane_maps(
     return torch.cat([A, -(A @ t[...,None])], -1)
 
 def sample_plane(
-    x, # (B,N,H,W) float tensor, N slices that move together
+    x, # (B,N,H,W), N slices that move together
     maps, # (B,2,3) of `plane_maps`
     nearest:bool=False, # True for labels: nearest pixel, 0 outside
-): # (B,N,H,W)
+): # (B,N,H,W) float32
     "Every slice of `x` looked up where `maps` say"
-    grid = F.affine_grid(maps.to(x), (len(x), 1, *x.shape[2:]), align_corners=False)
+    grid = F.affine_grid(maps.to(x.device), (len(x), 1, *x.shape[2:]), align_corners=False)
     mode, beyond = ('nearest', 'zeros') if nearest else ('bilinear', 'border')
-    return F.grid_sample(x, grid, mode=mode, padding_mode=beyond, align_corners=False)
+    some = x.split(_SLICES if x.device.type == 'cpu' else x.shape[1], 1)
+    look = lambda s: F.grid_sample(s.float(), grid, mode=mode, padding_mode=beyond, align_corners=False)
+    return torch.cat([look(s) for s in some], 1)
 
 class AffineBatch(BatchTransform):
     "Turn, zoom and shift in the plane of the slices, scan and labels alike"
@@ -146,10 +157,10 @@ class AffineBatch(BatchTransform):
         shift = torch.stack([self.uniform(x, -b[2], b[2])*n for n in x.shape[3:]], -1)
         self._maps = plane_maps(turn, zoom, shift, x.shape[3:])
     def encodes(self, x:TensorVolume) -> None:
-        return TensorVolume(sample_plane(plain(x).flatten(1,2), self._maps).view(x.shape))
+        return TensorVolume(sample_plane(_bare(x).flatten(1,2), self._maps).view(x.shape))
     def encodes(self, y:TensorLabels) -> None:
-        z = y.as_subclass(torch.Tensor)
-        return TensorLabels(sample_plane(z.float(), self._maps, nearest=True).to(z.dtype))
+        z = _bare(y)
+        return TensorLabels(sample_plane(z, self._maps, nearest=True).to(z.dtype))
 
 # %% ../../nbs/30a_data.batch.ipynb #b0f4d254
 class NoiseHU(BatchTransform):
@@ -160,7 +171,7 @@ class NoiseHU(BatchTransform):
     ): super().__init__(p); self.most = most
     def draw(self, x): self._sd = self.uniform(x, 0, self.most)
     def encodes(self, x:TensorVolume) -> None:
-        x = plain(x); return TensorVolume(torch.addcmul(x, torch.randn_like(x), _column(self._sd)))
+        return TensorVolume(torch.randn(x.shape, device=x.device).mul_(_column(self._sd)).add_(_bare(x)))
 
 class ShiftHU(BatchTransform):
     "The calibration a little off: the same number added to every voxel of a sample"
@@ -169,7 +180,11 @@ class ShiftHU(BatchTransform):
         p:float=.5, # probability for each sample, 0..1
     ): super().__init__(p); self.most = most
     def draw(self, x): self._shift = self.uniform(x, -self.most, self.most)
-    def encodes(self, x:TensorVolume) -> None: return TensorVolume(plain(x)+_column(self._shift))
+    def encodes(self, x:TensorVolume) -> None: return TensorVolume(_bare(x)+_column(self._shift))
+
+def _weigh(parts, weights, out): # their sum
+    torch.mul(parts[0], weights[0], out=out)
+    for part,w in zip(parts[1:], weights[1:]): out.add_(part, alpha=w)
 
 class BlurHU(BatchTransform):
     "A softer kernel: Gaussian blur in the plane"
@@ -182,11 +197,13 @@ class BlurHU(BatchTransform):
         k = torch.exp(-.5*(torch.arange(-r, r+1, device=x.device)/sd[:,None])**2)
         self._kernel = k/k.sum(1, keepdim=True) # (B,2r+1)
     def encodes(self, x:TensorVolume) -> None:
-        k = self._kernel[:,None,None]; r = k.shape[-1]//2
-        y = plain(x).flatten(1,2).transpose(0,1) # (C*D,B,H,W): a group for each sample
-        for kernel,margin in ((k, (r,r,0,0)), (k.transpose(2,3), (0,0,r,r))):
-            y = F.conv2d(F.pad(y, margin, mode='replicate'), kernel, groups=len(k))
-        return TensorVolume(y.transpose(0,1).reshape(x.shape))
+        r = self._kernel.shape[1]//2; rows, columns = x.shape[3:]
+        y = torch.empty(x.shape, device=x.device)
+        for out,s,k in zip(y, _bare(x), self._kernel.tolist()): # a sum of shifted slices, much faster than conv2d
+            s = F.pad(s.float(), (r,r,r,r), mode='replicate')
+            _weigh([s[...,i:i+columns] for i in range(2*r+1)], k, h := s.new_empty(*s.shape[:-1], columns))
+            _weigh([h[...,i:i+rows,:] for i in range(2*r+1)], k, out)
+        return TensorVolume(y)
 
 class GammaGrey(BatchTransform):
     "Another contrast: grey to a power"
@@ -196,7 +213,7 @@ class GammaGrey(BatchTransform):
         p:float=.5, # probability for each sample, 0..1
     ): super().__init__(p); self.most = most
     def draw(self, x): self._power = self.uniform(x, -self.most, self.most).exp()
-    def encodes(self, x:TensorVolume) -> None: return TensorVolume(plain(x).clamp(0, 1)**_column(self._power))
+    def encodes(self, x:TensorVolume) -> None: return TensorVolume(plain(x).clamp(0, 1).pow_(_column(self._power)))
 
 class CutoutGrey(BatchTransform):
     "A block of every slice axis is missing: set to 0"
@@ -208,10 +225,12 @@ class CutoutGrey(BatchTransform):
         super().__init__(p); self.size = size
         if not 0 < size < 1: raise ConfigError(f'CutoutGrey: size must be above 0 and below 1, got {size}')
     def draw(self, x):
-        self._keep = torch.ones(len(x), 1, *x.shape[2:], device=x.device)
-        for k in self._on.nonzero().flatten().tolist():
-            self._keep[(k, 0, *(self._span(n) for n in x.shape[2:]))] = 0
+        samples = self._on.nonzero().flatten().tolist()
+        self._blocks = [(k, slice(None), *map(self._span, x.shape[2:])) for k in samples]
     def _span(self, n): # a random piece of an axis of n voxels
         size = max(1, round(n*self.size)); a = int(torch.randint(n-size+1, ()))
         return slice(a, a+size)
-    def encodes(self, x:TensorVolume) -> None: return TensorVolume(plain(x)*self._keep)
+    def encodes(self, x:TensorVolume) -> None:
+        y = _bare(x).to(torch.float32, copy=True)
+        for block in self._blocks: y[block] = 0
+        return TensorVolume(y)

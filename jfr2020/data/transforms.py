@@ -23,13 +23,31 @@ from ..heart import *
 def _as_box(v, grid): # (start, signs) when `grid` is a box of the grid of `v`, axes perhaps reversed; else None
     T = v.geometry.map_from(grid)
     signs, start = np.diag(T)[:3], T[:3,3]
-    near = np.allclose(T[:3,:3], np.diag(np.sign(signs)), atol=1e-4) and np.allclose(start, np.round(start), atol=1e-3)
+    near = abs(T[:3,:3]-np.diag(np.sign(signs))).max() < 1e-4 and abs(start-np.round(start)).max() < 1e-3
     return (np.round(start).astype(int), np.sign(signs).astype(int)) if near else None
 
-def _take_box(v, start, signs, grid): # crop, then turn axes round
+def _take_box(v, start, signs, grid): # crop, a view where `v` has every voxel, then turn axes round
     low = np.where(signs > 0, start, start-np.array(grid.shape)+1)
-    out = crop(v, low, low+grid.shape)
-    return type(v)(out[tuple(slice(None, None, s) for s in signs.tolist())].data, grid)
+    high = low+grid.shape
+    inside = (low >= 0).all() and (high <= v.shape).all()
+    data = v.data[tuple(map(slice, low, high))] if inside else crop(v, low, high).data
+    return type(v)(data[tuple(slice(None, None, s) for s in signs.tolist())], grid)
+
+def _between(n, size, scale): # for each of `size` new slices: the two old ones of `n`, and the weight of the second
+    at = ((np.arange(size)+.5)/scale-.5).clip(0, n-1)
+    low = at.astype(int)
+    return low.tolist(), np.minimum(low+1, n-1).tolist(), (at-low).tolist()
+
+def _linear(x, shape, scale): # (D,C,H,W) of any type -> (D',C,H',W') float32: every slice, then between slices
+    y, out = torch.empty(*x.shape[:2], *shape[1:]), torch.empty(shape[0], x.shape[1], *shape[1:])
+    plane = torch.ops.aten.upsample_bilinear2d
+    for o,s in zip(y.split(1), x.split(1)): o.copy_(plane(s.float(), list(shape[1:]), False, *scale[1:]))
+    for o,a,b,w in zip(out, *_between(len(x), shape[0], scale[0])): torch.lerp(y[a], y[b], w, out=o)
+    return out
+
+def _nearest(a, shape, scale): # (D,H,W) of any type -> (D',H',W') of the same type
+    at = [((np.arange(m)+.5)/s).astype(int).clip(max=n-1) for m,s,n in zip(shape, scale, a.shape)]
+    return a.take(at[1], 1).take(at[2], 2).take(at[0], 0)
 
 def resample(
     v:Volume, # what gets another spacing
@@ -39,12 +57,10 @@ def resample(
     grid = v.geometry.with_spacing(spacing)
     if v.geometry.matches(grid): return v
     scale = (np.array(v.spacing)/np.asarray(spacing, dtype=float)).tolist()
+    if v.order == 0: return type(v)(_nearest(v.data, grid.shape, scale), grid)
     x = torch.from_numpy(np.ascontiguousarray(v.data))
-    x = x.movedim(-1, 0)[None] if v.channels else x[None,None]
-    up = torch.ops.aten.upsample_trilinear3d if v.order else torch.ops.aten._upsample_nearest_exact3d
-    y = up(x.float(), list(grid.shape), *([False] if v.order else []), *scale)[0]
-    y = (y.movedim(0, -1) if v.channels else y[0]).contiguous().numpy()
-    return type(v)(y if v.order else y.astype(v.data.dtype), grid)
+    y = _linear(x.movedim(-1, 1) if v.channels else x[:,None], grid.shape, scale)
+    return type(v)((y.movedim(1, -1) if v.channels else y[:,0]).contiguous().numpy(), grid)
 
 def put_on(
     v:Volume, # what is looked up
