@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_XLSX', 'MAX_CELLS', 'SheetError', 'read_xlsx', 'write_xlsx']
 
-# %% ../../nbs/11d_io.xlsx.ipynb #6fa435ae
+# %% ../../nbs/11d_io.xlsx.ipynb #dafe5fd9
 import re, zipfile, zlib
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,8 +14,8 @@ from xml.sax.saxutils import escape
 from ..errors import *
 from ..config import write_atomic
 
-# %% ../../nbs/11d_io.xlsx.ipynb #f01712fa
-MAX_XLSX,MAX_CELLS = 32<<20,1<<20 # bytes of one unpacked part; cells of the sheet
+# %% ../../nbs/11d_io.xlsx.ipynb #588f8761
+MAX_XLSX,MAX_CELLS = 8<<20,1<<20 # bytes of one unpacked part; cells of the sheet
 
 class SheetError(JfrError):
     "A spreadsheet file that cannot be read as one plain table"
@@ -83,7 +83,7 @@ def read_xlsx(
             if out: rows.append(tuple(map(out.get, range(max(out)+1))))
     return rows
 
-# %% ../../nbs/11d_io.xlsx.ipynb #819fbafa
+# %% ../../nbs/11d_io.xlsx.ipynb #3becbe6f
 _TYPE, _KIND = 'application/vnd.openxmlformats-officedocument.spreadsheetml.', 'http://schemas.openxmlformats.org/'
 _HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
 
