@@ -142,9 +142,11 @@ def _write_one(k, case, unit): # one of `MORE`
         pdf = write_pdf(case, at/'report.pdf', unit.lang)
         if series: write_pdf_object(case, series, at/'pdf.dcm', unit.lang, pdf.read_bytes())
     elif series is None: raise JfrError('the input is a volume file, which belongs to no study')
-    elif k == 'seg': write_seg(case.mask, series, at/'seg.dcm', case)
+    elif k == 'seg': write_seg(case.mask, series, at/'seg.dcm', case, _made(unit.settings))
     elif k == 'sr': write_sr(case, series, at/'sr.dcm', at/'seg.dcm' if (at/'seg.dcm').exists() else None)
     else: write_sc(case, series, at/'sc', unit.lang)
+
+def _made(settings): return 'SEMIAUTOMATIC' if settings.mask or settings.clicks else 'AUTOMATIC' # who drew what counts
 
 def _write_more(unit, case): # the case, with a finding for each of `MORE` that cannot be written of it
     lost = []

@@ -179,6 +179,10 @@ def _positive(text): # an argument that counts something
     if text.isdigit() and 1 <= int(text) <= 9999: return int(text)
     raise argparse.ArgumentTypeError(f'a number from 1 on, got {text!r}')
 
+def _seed(text): # what numpy takes
+    if text.isdigit() and len(text) < 10: return int(text)
+    raise argparse.ArgumentTypeError(f'a whole number from 0 on needed, got {text!r}')
+
 def _score_options(p):
     o = p.add_argument
     inputs = 'DICOM folder (series, study, tree of patients), .zip, multi-frame file, or NIfTI in HU'
@@ -207,7 +211,7 @@ def _synth_options(p):
                    help='ct: patients; qrm: the calcification phantom; dwi: heads with known streamlines')
     p.add_argument('-o', '--out', metavar='OUT', required=True, help='folder to write into')
     p.add_argument('-n', type=_positive, default=4, metavar='N', help='how many (default %(default)s)')
-    p.add_argument('--seed', type=int, default=0, metavar='S', help='of the random numbers (default %(default)s)')
+    p.add_argument('--seed', type=_seed, default=0, metavar='S', help='of the random numbers (default %(default)s)')
 
 def _run_store(
     a, # parsed arguments

@@ -10,6 +10,7 @@ from nibabel.streamlines import ArraySequence, Tractogram, TrkFile
 
 import jfr2020.io.create as create
 from jfr2020.errors import ConfigError, GeometryError, StoreError
+from jfr2020.io.check import check_store
 from jfr2020.io.channels import channel_moments, nifti_head, read_channels
 from jfr2020.io.create import create_store, study_lists
 from jfr2020.io.groups import find_volume, read_volume_group
@@ -224,6 +225,8 @@ def test_lists(tmp_path):
     assert study_lists(dict(testing=tmp_path/'a.txt'))['testing'] == ('s1','s2','s3','s4')
     (tmp_path/'empty.txt').write_text('')
     assert study_lists(dict(training=tmp_path/'empty.txt'))['training'] == ()
+    with pytest.raises(ConfigError, match='cannot be read') as e: study_lists(dict(training=tmp_path/'gone.txt'))
+    assert e.value.code == 'CONFIG' # wrong usage
     with pytest.raises(ConfigError, match='twice in training'): study_lists(dict(training=['a','b','a']))
     with pytest.raises(ConfigError, match='in training and in testing'): study_lists(dict(training=['a'], testing=['a']))
 
@@ -433,6 +436,18 @@ def test_changed_files_are_another_subject(mine, tmp_path):
     assert made.done == ('sub-1',) and made.skipped == ('sub-0','sub-2') and stored(tmp_path/'s') != before
     other = {**CONFIG, 'input': {**CONFIG['input'], 'standardization': 'independent'}}
     assert len(run(other, mine, tmp_path/'s').refused) == 3
+
+
+@pytest.mark.parametrize('spoil', [lambda p: p.unlink(), lambda p: os.truncate(p, p.stat().st_size//2)], ids=['gone','cut'])
+def test_a_damaged_subject_in_the_store_concerns_nobody_else(mine, tmp_path, spoil):
+    run(CONFIG, mine, tmp_path/'s')
+    before = stored(tmp_path/'s')
+    spoil(H5Store(tmp_path/'s')['sub-1'].path)
+    made = run(CONFIG, mine, tmp_path/'s')
+    assert made.skipped == ('sub-0','sub-2') and [(s, e.code) for s,e in made.refused.items()] == [('sub-1', 'CHANGED')]
+    assert '--overwrite' in made.refused['sub-1'].fix
+    assert run(CONFIG, mine, tmp_path/'s', overwrite=True).done == ('sub-1',)
+    assert stored(tmp_path/'s') == before and check_store(tmp_path/'s') == []
 
 
 def dies(job):

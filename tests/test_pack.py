@@ -299,6 +299,14 @@ def test_damage_is_not_packed(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
 
 
+def test_a_cut_file_is_not_called_a_full_disk(tmp_path):
+    some_store(tmp_path/'one', 5)
+    path = sorted((tmp_path/'one'/'subjects').glob('*.h5'))[0]
+    with open(path, 'r+b') as f: f.truncate(path.stat().st_size//2)
+    with pytest.raises(StoreError, match='CHANGED.*not a whole HDF5 file'): pack_store(tmp_path/'one', tmp_path/'a.hdf5')
+    assert not (tmp_path/'a.hdf5').exists()
+
+
 @pytest.mark.parametrize('value,said', [
     (lambda g: dict(streamlines=dict(t=Streamlines([[0, 0, 0]], [0, 1]))), 'REFERENCE'),
     (lambda g: dict(volumes=dict(v=Volume(np.full(g.shape, -1e300), g))), r'1e\+300 is beyond'),

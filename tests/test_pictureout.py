@@ -88,6 +88,13 @@ def test_two_runs_give_the_same_bytes_whatever_the_process(written, patient, tmp
     assert list(one) == list(two) and [k for k in one if one[k] != two[k]] == []
 
 
+def test_a_segmentation_says_who_drew_it(written, patient, tmp_path):
+    how = lambda out: {str(s.SegmentAlgorithmType) for p in out.rglob('seg.dcm') for s in read_dataset(p).SegmentSequence}
+    mask = next(written[1].rglob('mask.nii.gz'))
+    assert jfr('score', patient, '-o', tmp_path/'m', '--mask', mask, '--seg').returncode == 0
+    assert (how(written[1]), how(tmp_path/'m')) == ({'AUTOMATIC'}, {'SEMIAUTOMATIC'})
+
+
 @pytest.mark.skipif(not shutil.which('dciodvfy'), reason='dciodvfy (dicom3tools) is not installed')
 def test_dciodvfy_finds_no_error_in_any_object(written):
     files, errors = sorted(written[1].rglob('*.dcm')), []

@@ -150,6 +150,15 @@ def test_any_table_comes_back(rows):
             for c in cols: assert back[c].tolist() == table[c].tolist() or np.array_equal(back[c], table[c], equal_nan=True), c
 
 
+def test_a_table_may_be_made_when_its_turn_comes(tmp_path):
+    with StoreWriter(tmp_path/'s') as w:
+        w.add('a', tables=dict(t=lambda: dict(x=[1,2]), o=lambda: (dict(x=[3]), dict(source='made up')), p=(dict(x=[4]), dict(unit='mm'))))
+        with pytest.raises(StoreError, match='t needs a DataFrame'): w.add('b', tables=dict(t=lambda: 3))
+    a = H5Store(tmp_path/'s')['a']
+    assert [a.table(n)['x'].tolist() for n in 'top'] == [[1,2], [3], [4]]
+    assert a.attrs('o')['source'] == 'made up' and a.attrs('p')['unit'] == 'mm'
+
+
 def test_attributes_come_back(tmp_path):
     g = any_geometry(np.random.default_rng(0), (2,3,4))
     attrs = dict(unit='mm\u00b2/s', mean=np.arange(3.), std=2.5, standardization='per channel', n=7, yes=True, files=['a','b\u00e9'], empty='',

@@ -44,7 +44,7 @@ def _names(kind, value): # a list of names, or a text file
     if not isinstance(value, (str, Path)): return tuple(value)
     try: return tuple(Path(value).read_text('utf-8').split())
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f'the list {kind} cannot be read as text', 'LISTS', 'check its path') from e
+        raise ConfigError(f'the list {kind} cannot be read as text', fix='check its path') from e
 
 def subjects_folder(
     folder:Path, # of a study
@@ -102,7 +102,7 @@ def _refuse_incomplete(plans):
     lines = [f'{w} (subjects: {some(names)})' for w,names in wrong.items()]
     bad = sum(bool(p.wrong) for p in plans)
     raise StoreError(f'{bad} of {len(plans)} subjects are not complete: ' + '; '.join(lines), 'INCOMPLETE',
-                     'mend them, or leave them out by incomplete="skip"')
+                     'mend them, or leave them out by incomplete="skip", or --skip-incomplete')
 
 # %% ../../nbs/13c_io.create.ipynb #25f0b07c
 def _all_files(path): # a folder stands for what lies in it
@@ -122,7 +122,7 @@ def _find_volumes(plan, config): # group -> FoundVolume, all spaces compared
     found = {g.name: find_volume(g, plan.files[g.name], plan.beside[g.name]) for g in config.volumes}
     for g in config.volumes:
         if ref := config.reference(g):
-            check_same_space(found[ref].geometry, found[g.name].geometry, (ref, g.name), NEAR_MM)
+            check_same_space(found[ref].geometry, found[g.name].geometry, (ref, g.name), SPACE_MM)
     return found
 
 def _find_lines(plan, config, volumes): # group -> FoundLines
@@ -132,6 +132,8 @@ def _find_lines(plan, config, volumes): # group -> FoundLines
         space = volumes[ref].geometry if ref else None
         out[g.name] = FoundLines(g, plan.files[g.name], space, ref, plan.beside[g.name])
     return out
+
+_DAMAGED = 'damaged' # instead of an `inputs_hash`
 
 def make_subject(
     plan:SubjectPlan, # complete
@@ -143,14 +145,17 @@ def make_subject(
     "Write the file of one subject under its temporary name"
     name = inputs_hash(plan, config)
     if known == name: return None
+    if known == _DAMAGED and not overwrite:
+        raise StoreError(f'{plan.subject} is in the store, but its file there is missing or damaged', 'CHANGED',
+                         'see store check; make it again by overwrite=True, or --overwrite')
     if known and not overwrite:
         raise StoreError(f'{plan.subject} is in the store, made of other files or by another config', 'EXISTS',
-                         'overwrite=True replaces it')
+                         'replace it by overwrite=True, or --overwrite')
     volumes = _find_volumes(plan, config)
     lines = _find_lines(plan, config, volumes)
     return write_shard(store, plan.subject, {k: partial(read_volume_group, f) for k,f in volumes.items()},
                        {k: partial(read_lines_group, f) for k,f in lines.items()},
-                       {g.name: read_table_group(g, plan.files[g.name]) for g in config.tables},
+                       {g.name: partial(read_table_group, g, plan.files[g.name]) for g in config.tables},
                        dict(inputs=name, config=json.dumps(config.as_dict(), sort_keys=True)))
 
 # %% ../../nbs/13c_io.create.ipynb #0d2b76dc
@@ -213,9 +218,13 @@ def _one_by_one(fn, jobs): # in one process, and another after a death
 def _known(store): # subjects in the store -> their inputs_hash
     if not (Path(store)/'index.json').exists(): return {}
     kept = H5Store(store)
-    known = {s: kept[s].attrs().get('inputs', 'unknown') for s in kept}
+    known = {s: _made_of(kept[s]) for s in kept}
     kept.close()
     return known
+
+def _made_of(sub): # its `inputs_hash`, or why there is none
+    try: return sub.attrs().get('inputs', 'unknown')
+    except StoreError: return _DAMAGED # concerns this subject, nobody else
 
 def _one_job(config, store, known, overwrite, parts): # in a worker; parts of a plan
     plan = SubjectPlan(*parts)

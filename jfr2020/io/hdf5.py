@@ -164,7 +164,7 @@ class StoreWriter:
         subject:str, # plain word
         volumes:dict=None, # name -> Volume of any kind, or (Volume, options), or a function that makes it
         streamlines:dict=None, # name -> Streamlines, or (Streamlines, options), or a function that makes it
-        tables:dict=None, # name -> DataFrame or dict of columns
+        tables:dict=None, # name -> DataFrame or dict of columns, or (table, options), or a function
         attrs:dict=None, # of the subject: numbers or text
         overwrite:bool=False, # may it replace the subject of that name
     ):
@@ -174,7 +174,8 @@ class StoreWriter:
 
     def _free(self, subject, overwrite):
         if subject in self._index and not overwrite:
-            raise StoreError(f'{subject} is in the store already', 'EXISTS', 'overwrite=True replaces it')
+            raise StoreError(f'{subject} is in the store already', 'EXISTS',
+                             'replace it by overwrite=True, or --overwrite')
 
     def commit(self,
         w:WrittenShard, # from `write_shard`, in this or another process

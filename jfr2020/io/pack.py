@@ -57,7 +57,7 @@ def _packing(path): # an HDF5 file open for writing, and a check of the disk; it
             with UntrustedFile(f.name, probe=False) as done: content = packed_content(done)
             with write_hdf5(f.name, 'r+') as (h5, check): h5.attrs[OURS+'content'] = content
         except StoreError as e:
-            if isinstance(e.__cause__, OSError): raise disk_error(e.__cause__, path) from e # by its final name
+            if e.code == 'DISK': raise disk_error(e.__cause__, path) from e # by its final name
             raise
 
 def _notes(o): # attributes of a group in a shard that its writer gave

@@ -133,7 +133,7 @@ class _Shard: # an open file that is being written, and the hash of every array 
 
 # %% ../../nbs/12a_io.shard.ipynb #de8d170a
 def _value(value, kind, where): # a value, its options, or a function that makes them -> value, options
-    if callable(value) and not isinstance(value, kind): value = value()
+    if callable(value): value = value()
     v, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
     if not (isinstance(v, kind) and isinstance(options, dict)):
         found = type(v).__name__
@@ -200,7 +200,7 @@ def _columns(table, where): # DataFrame or dict -> {name: 1-D array}
 
 def _put_table(out, name, value):
     at = f'tables/{check_name(name, "group")}'
-    table, attrs = _value(value, object, at) if callable(value) or isinstance(value, tuple) else (value, {})
+    table, attrs = _value(value, object, at)
     if not (isinstance(table, dict) or hasattr(table, 'columns')):
         raise StoreError(f'{at} needs a DataFrame or a dict of columns, got {type(table).__name__}', 'TYPE')
     cols = _columns(table, at)
@@ -311,7 +311,7 @@ def write_shard(
     subject:str, # plain word
     volumes:dict=None, # name -> Volume of any kind, or (Volume, options), or a function that makes it
     streamlines:dict=None, # name -> Streamlines, or (Streamlines, options), or a function that makes it
-    tables:dict=None, # name -> DataFrame or dict of columns
+    tables:dict=None, # name -> DataFrame or dict of columns, or (table, options), or a function
     attrs:dict=None, # of the subject: numbers or text
 ) -> WrittenShard:
     "Write the file of `subject` under a temporary name and flush it to the disk"
