@@ -6,7 +6,7 @@
 __all__ = ['window_starts', 'middle_weight', 'slide', 'window_of', 'as_probability', 'predict_probability', 'predict_mask',
            'ModelSegmenter']
 
-# %% ../nbs/60_infer.ipynb #8f7c79bb
+# %% ../nbs/60_infer.ipynb #a1ce53fa
 import itertools, math
 import numpy as np, torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from .components import *
 from .data.transforms import *
 from .data.batch import *
 
-# %% ../nbs/60_infer.ipynb #00e1c108
+# %% ../nbs/60_infer.ipynb #eac9f849
 def window_starts(
     size:int, # voxels of the scan along an axis
     window:int, # voxels of the window along it
@@ -41,7 +41,7 @@ def middle_weight(
     at = (np.arange(window)-(window-1)/2)/(sd*window)
     return np.exp(-.5*at**2).clip(1e-3).astype(np.float32)
 
-# %% ../nbs/60_infer.ipynb #f70adea9
+# %% ../nbs/60_infer.ipynb #125c5504
 def _cut(x, at, window): # (C,D,H,W), first voxel -> (C,*window), the scan continued by its edge
     low, high = [max(a, 0) for a in at], [min(a+w, n) for a,w,n in zip(at, window, x.shape[1:])]
     out = x[(slice(None), *map(slice, low, high))]
@@ -91,7 +91,7 @@ def _add(out, answer, at): # the part of the window that lies in the scan
     inside = tuple(slice(l-a, h-a) for l,h,a in zip(low, high, at))
     out[(slice(None), *map(slice, low, high))] += answer[(slice(None), *inside)]
 
-# %% ../nbs/60_infer.ipynb #8977a800
+# %% ../nbs/60_infer.ipynb #df191345
 def _steady(dls): # item transforms that prediction repeats: everything that chooses a grid, but no patch
     keep = [t for t in dls.valid.after_item.fs if isinstance(t, GridTransform) and t.split_idx is None]
     return [t for t in keep if not isinstance(t, (RandomCrop, CropOrPad))]
