@@ -21,6 +21,7 @@ from .lineview import *
 from .synth import *
 from .dwi import *
 from .config import *
+from .workers import *
 from .shapes import *
 from .body import *
 from .heartmodel import *
@@ -79,7 +80,6 @@ from .data.transforms import *
 from .data.batch import *
 from .data.block import *
 from .data.show import *
-from .cluster import *
 from .batch import *
 from .storecmd import *
 from .cli import *

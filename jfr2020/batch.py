@@ -25,7 +25,7 @@ from .paper import *
 from .interop import *
 from .pictureout import *
 from .scoring import *
-from .cluster import *
+from .workers import *
 
 # %% ../nbs/70a_batch.ipynb #b4fe07bf
 OTHER_KINDS = {'NOT_CT', 'LOCALIZER', 'SECONDARY_CAPTURE', 'REFORMAT', 'NOT_HU', 'NO_PIXELS',

@@ -1,5 +1,5 @@
 "Stores made from folders of subjects: the numbers against plain numpy, the refusals, kills, and real scans where they are."
-import csv, gzip, json, os, shutil, subprocess, sys, textwrap, tracemalloc
+import csv, gzip, json, os, shutil, subprocess, sys, textwrap, time, tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -410,7 +410,6 @@ def test_stopped_with_workers_leaves_a_whole_store(study, tmp_path):
 
 
 def test_killed_at_any_moment_nothing_is_torn(study, tmp_path):
-    import time
     home,_ = study
     run(CONFIG, home, tmp_path/'whole')
     code = f'''
@@ -424,6 +423,24 @@ def test_killed_at_any_moment_nothing_is_torn(study, tmp_path):
     run(CONFIG, home, tmp_path/'s')
     assert stored(tmp_path/'s') == stored(tmp_path/'whole')
     assert not [f for f in (tmp_path/'s').rglob('.part-*')]
+
+
+def of_session(leader): # processes that a process started, still alive
+    lines = [p.read_text().rsplit(')', 1)[1].split() for p in Path('/proc').glob('[0-9]*/stat') if p.exists()]
+    return [l for l in lines if int(l[3]) == leader and l[0] != 'Z']
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks into /proc')
+def test_no_worker_outlives_a_killed_run(study, tmp_path):
+    home,_ = study
+    words = [sys.executable, '-m', 'jfr2020', 'store', 'create', home, '-o', tmp_path/'s', '--config', home/'config.json', '--workers', '2']
+    p = subprocess.Popen([*map(str, words)], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    p.stderr.readline() # the first subject is written: both workers are there
+    p.kill(); p.wait(); p.stderr.close()
+    for _ in range(50):
+        if not of_session(p.pid): break
+        time.sleep(.1)
+    assert of_session(p.pid) == []
 
 
 def test_changed_files_are_another_subject(mine, tmp_path):

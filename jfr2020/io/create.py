@@ -7,9 +7,7 @@ __all__ = ['study_lists', 'subjects_folder', 'SubjectPlan', 'plan_subject', 'mis
            'StoreMade', 'create_store']
 
 # %% ../../nbs/13c_io.create.ipynb #5cd19522
-import json, multiprocessing, signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import json
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from ..errors import *
 from ..config import value_hash
+from ..workers import *
 from .channels import *
 from .storeconfig import *
 from .groups import *
@@ -173,47 +172,15 @@ class StoreMade:
 
 _FEWER = 'run it with fewer workers, or more memory'
 
-def _quiet(): signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is the parent's to answer
-
 def _as_refusal(subject, e): # any failure, as a line that names no file
+    if isinstance(e, WorkerDied): return StoreError(f'{subject}: its process died', 'WORKER_DIED', _FEWER)
     if isinstance(e, JfrError): return e
     if isinstance(e, MemoryError): return StoreError(f'{subject}: not enough memory', 'MEMORY', _FEWER)
-    if isinstance(e, BrokenProcessPool): return StoreError(f'{subject}: its process died', 'WORKER_DIED', _FEWER)
     if isinstance(e, OSError): return StoreError(f'{subject}: a file cannot be read: {e.strerror}', 'NO_FILE')
     return StoreError(f'{subject}: {type(e).__name__} while its files were read', 'UNREADABLE', 'report this')
 
-def _tried(fn, *args):
-    try: return fn(*args)
-    except Exception as e: return e
-
-def _pool(workers):
-    from jfr2020.io.create import _quiet # by name: a page's own copy cannot be found by the new process
-    return ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _quiet)
-
-def _each(fn, jobs, workers): # yields (job, result or exception) as they end; a death costs only its own job
-    if workers == 1:
-        for j in jobs: yield j, _tried(fn, j)
-        return
-    left = []
-    with _pool(workers) as pool:
-        running = {pool.submit(fn, j): j for j in jobs}
-        try:
-            for f in as_completed(running):
-                e = f.exception()
-                if isinstance(e, BrokenProcessPool): left.append(running[f])
-                else: yield running[f], e or f.result()
-        finally: pool.shutdown(wait=True, cancel_futures=True)
-    yield from _one_by_one(fn, left) # one of them died, the others were only with it
-
-def _one_by_one(fn, jobs): # in one process, and another after a death
-    pool = None
-    try:
-        for j in jobs:
-            pool = pool or _pool(1)
-            yield j, (out := _tried(pool.submit(fn, j).result))
-            if isinstance(out, BrokenProcessPool): pool.shutdown(); pool = None
-    finally:
-        if pool: pool.shutdown(wait=True, cancel_futures=True)
+def _each(fn, jobs, workers): # a death costs only its own job, which is not tried again
+    return run_units(fn, jobs, workers, strikes=1)
 
 def _known(store): # subjects in the store -> their inputs_hash
     if not (Path(store)/'index.json').exists(): return {}
