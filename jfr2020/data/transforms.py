@@ -27,6 +27,7 @@ def _as_box(v, grid): # (start, signs) when `grid` is a box of the grid of `v`, 
     return (np.round(start).astype(int), np.sign(signs).astype(int)) if near else None
 
 def _take_box(v, start, signs, grid): # crop, a view where `v` has every voxel, then turn axes round
+    if v.shape == grid.shape and not start.any() and (signs > 0).all(): return v
     low = np.where(signs > 0, start, start-np.array(grid.shape)+1)
     high = low+grid.shape
     inside = (low >= 0).all() and (high <= v.shape).all()
@@ -67,7 +68,6 @@ def put_on(
     grid:Geometry, # where the result's voxels are
 ) -> Volume: # of the same type on `grid`
     "`v` on another grid: copied where the grid is a box of its own, else interpolated"
-    if v.geometry.matches(grid): return v
     if (box := _as_box(v, grid)) is not None: return _take_box(v, *box, grid)
     if v.geometry.with_spacing(grid.spacing).matches(grid): return resample(v, grid.spacing)
     return onto(v, grid)
@@ -200,7 +200,8 @@ class FlipLR(GridTransform):
         if any(isinstance(o, MaskVolume) and o.data.max() > 1 for o in sample):
             raise ConfigError('FlipLR would turn one vessel into another: the labels of this sample go beyond 1',
                               fix='leave FlipLR out, or train on labels 0 and 1')
-        step = np.ones(3); a = int(np.abs(ct.geometry.axes[:,0]).argmax()); step[a] = -1
+        M, step = ct.geometry.affine[:3,:3], np.ones(3)
+        step[(np.abs(M[0])/np.linalg.norm(M, axis=0)).argmax()] = -1
         return ct.geometry.sliced(np.where(step < 0, np.array(ct.shape)-1, 0), step, ct.shape)
 
 class RandomTurn(GridTransform):
