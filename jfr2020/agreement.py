@@ -215,9 +215,9 @@ class Confusion:
         return int(self.counts.sum())
 
     @property
-    def accuracy(self) -> float: # 0..1
+    def accuracy(self) -> float: # 0..1, nan without a patient
         "Share of patients in the same class"
-        return float(np.trace(self.counts)/self.n)
+        return float(np.trace(self.counts)/self.n) if self.n else math.nan
 
     def off(self,
         by:int=1, # classes, at least
