@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_POINTS', 'BRUSH_PIXELS', 'COCA_NAMES', 'MAX_PLIST', 'ROI_FAULTS', 'ROI_MEASURES', 'COCA_COLUMNS', 'CocaError',
-           'pixels_in_polygon', 'brush_outline', 'CocaRoi', 'read_coca_xml', 'RoiCheck', 'draw_rois', 'Collected',
-           'CocaMask', 'series_folder', 'read_coca', 'coca_score', 'score_cases', 'read_coca_nongated',
-           'write_coca_xml', 'write_coca']
+           'pixels_in_polygon', 'brush_outline', 'CocaRoi', 'read_coca_xml', 'RoiCheck', 'draw_rois', 'CocaMask',
+           'series_folder', 'read_coca', 'coca_score', 'score_cases', 'read_coca_nongated', 'write_coca_xml',
+           'write_coca']
 
 # %% ../nbs/28d_coca.ipynb #3a696ae8
 import math, plistlib, re, warnings
@@ -24,6 +24,7 @@ from .io.write import *
 from .io.xlsx import *
 from .calcium import *
 from .cases import *
+from .collection import *
 
 # %% ../nbs/28d_coca.ipynb #3b072a1c
 MAX_POINTS = 1<<14 # of one outline
@@ -189,23 +190,6 @@ def draw_rois(
     return MaskVolume(out, ct.geometry), checks
 
 # %% ../nbs/28d_coca.ipynb #deb07a0b
-@dataclass(frozen=True, eq=False)
-class Collected:
-    "The cases of a collection, what could not be used and why, and what should be known of the rest"
-    cases:tuple # of Case
-    unused:tuple # of (number of a patient, Finding)
-    findings:tuple=() # of Finding
-
-    def __len__(self): return len(self.cases)
-    def __iter__(self): return iter(self.cases)
-    def __getitem__(self, i): return self.cases[i]
-
-    def __repr__(self):
-        known = [f'{sum(getattr(c, n) is not None for c in self.cases)} with {n}' for n in ('mask', 'score')]
-        lost = ', '.join(f'{n} {code}' for code,n in sorted(Counter(f.code for _,f in self.unused).items()))
-        said = ', '.join(sorted({f.code for f in self.findings}))
-        return f'{len(self)} cases, {", ".join(known)}; not used: {lost or "none"}; findings: {said or "none"}'
-
 @dataclass(frozen=True)
 class CocaMask:
     "The mask of a gated patient, drawn when it is called"
@@ -237,38 +221,36 @@ def _of(root, name): # the part of the collection, wherever it begins
 
 def series_folder(
     folder:Path, # of a patient
-) -> Path: # or a Finding that says why there is none
+) -> Path:
     "The one folder with `.dcm` files, which is `folder` or stands in it"
-    if not folder.is_dir(): return Finding('NO_SERIES', 'no folder of images')
+    if not folder.is_dir(): raise CocaError('no folder of images', 'NO_SERIES')
     holds = [d for d in (folder, *sorted(folder.iterdir())) if d.is_dir() and any(d.glob('*.dcm'))]
     if len(holds) == 1: return holds[0]
-    return Finding('MANY_SERIES' if holds else 'NO_SERIES', f'one folder of .dcm files needed, found {len(holds)}')
+    found = f'one folder of .dcm files needed, found {len(holds)}'
+    raise CocaError(found, 'MANY_SERIES' if holds else 'NO_SERIES')
 
-def _by_number(paths): return sorted(paths, key=lambda p: (int(p.stem) if p.stem.isdigit() else math.inf, p.stem))
-
-def _inferred(n, missing): # the remark on patients without outlines
-    text = 'their score 0 is an inference, the collection does not say it' if missing == 'zero' else 'not used'
-    return (Finding('NO_XML', f'{n} patients without outlines: {text}'),) if n else ()
+def _patients(folder, more): # names of its folders and others, in the order of their numbers
+    names = {p.name for p in folder.iterdir() if p.is_dir()} | set(more)
+    return sorted(names, key=lambda n: (int(n) if n.isdigit() else math.inf, n))
 
 def read_coca(
     root:Path, # of the collection, or its folder Gated_release_final
     skip=(), # outlines to leave out, as in `draw_rois`
     missing:str='zero', # patients without outlines: 'zero' calcium, or 'skip'
     faulty:str='warn', # outlines that disagree with their own numbers: 'warn' or 'refuse'
-) -> Collected: # each case with a mask; its score is that of `coca_score`, 0 where inferred
+) -> Collection: # each case with a mask; its score is that of `coca_score`, 0 where inferred
     "The gated patients"
     if missing not in ('zero', 'skip') or faulty not in ('warn', 'refuse'):
         raise ConfigError(f"missing is 'zero' or 'skip', faulty 'warn' or 'refuse', got {missing!r} and {faulty!r}")
     root = _of(root, 'Gated_release_final')
-    xmls, cases, unused, blank = {p.stem: p for p in _of(root, 'calcium_xml').glob('*.xml')}, [], [], 0
-    for p in _by_number(d for d in _of(root, 'patient').iterdir() if d.is_dir()):
-        at, xml = series_folder(p), xmls.pop(p.name, None)
-        blank += xml is None
-        if isinstance(at, Finding): unused.append((p.name, at))
-        elif xml is None and missing == 'skip': unused.append((p.name, Finding('NO_XML', 'no outlines')))
-        else: cases.append(Case(p.name, at, CocaMask(at, xml, tuple(skip), faulty), 0. if xml is None else None))
-    unused += [(n, Finding('NO_SERIES', 'outlines without images')) for n in sorted(xmls)]
-    return Collected(tuple(cases), tuple(unused), _inferred(blank, missing))
+    xmls, scans = {p.stem: p for p in _of(root, 'calcium_xml').glob('*.xml')}, _of(root, 'patient')
+    def case(name):
+        at, xml = series_folder(scans/name), xmls.get(name)
+        if xml is None and missing == 'skip': raise CocaError('no outlines', 'NO_XML')
+        return Case(name, at, CocaMask(at, xml, tuple(skip), faulty), 0. if xml is None else None)
+    cases, lines = collect(_patients(scans, xmls), case)
+    zero = Finding('NO_XML', 'no outlines: its score 0 is an inference, the collection does not say it')
+    return Collection(cases, (*lines, *(ReportLine(c.patient, zero) for c in cases if c.score == 0)))
 
 def coca_score(
     case:Case, # with a mask
@@ -279,57 +261,48 @@ def coca_score(
 
 # %% ../nbs/28d_coca.ipynb #0d019f36
 def score_cases(
-    collected:Collected, # cases of any collection; those with a mask and no score get one
+    cases:Collection, # any; those with a mask and no score get one
     rule:ScoreRule=AGATSTON, # which voxels count, with which weight
     progress=None, # called with (done, total, text)
-) -> Collected: # what cannot be read or scored is not used, with the reason
+) -> Collection: # what cannot be read or scored is left out, with the reason
     "The cases with the score of their mask, each read once"
-    cases, unused = [], list(collected.unused)
-    for n,c in enumerate(collected, 1):
-        try:
-            if c.score is None and c.mask is not None: c = replace(c, score=coca_score(c, rule).agatston)
-            cases.append(c)
-        except JfrError as e: unused.append((c.patient, Finding(e.code, e.cause)))
-        if progress: progress(n, len(collected), 'scored')
-    return Collected(tuple(cases), tuple(unused), collected.findings)
+    def scored(c):
+        return replace(c, score=coca_score(c, rule).agatston) if c.score is None and c.mask is not None else c
+    made, lines = collect(cases, scored, lambda c: c.patient, progress, 'scored')
+    return Collection(made, (*cases.report, *lines))
 
 # %% ../nbs/28d_coca.ipynb #ec14b195
 COCA_COLUMNS = ('lca', 'lad', 'lcx', 'rca', 'total') # of scores.xlsx, after the name of the scan
 
-def _scores(rows): # rows of the sheet -> {number: (five scores)}, unused
+def _scores(rows): # rows of the sheet -> {number: five scores, or None}, lines
     head = [str(c).strip().lower() for c in rows[0]] if rows else []
     if missing := [c for c in COCA_COLUMNS if c not in head]:
         need = ', '.join(COCA_COLUMNS)
         raise CocaError(f'scores.xlsx needs the columns {need}, absent: {", ".join(missing)}', 'SCORES')
-    at, out, unused = [head.index(c) for c in COCA_COLUMNS], {}, []
+    at, out, lines = [head.index(c) for c in COCA_COLUMNS], {}, []
     for row in rows[1:]:
         if row[0] is None: continue
         name = (f'{row[0]:g}' if isinstance(row[0], float) else row[0].strip()).removesuffix('A')
         values = [row[i] if i < len(row) else None for i in at]
         good = all(isinstance(v, float) and 0 <= v < 1e6 for v in values)
-        if not good or name in out:
-            why = 'a score is absent or no number from 0' if not good else 'listed twice; the first is used'
-            unused.append((name, Finding('SCORE', why)))
-        else: out[name] = values
-    return out, unused
+        if name in out: lines.append(ReportLine(name, Finding('SCORE', 'listed twice; the first is used'), False))
+        else: out[name] = values if good else None
+    return out, lines
 
 def read_coca_nongated(
     root:Path, # of the collection, or its folder deidentified_nongated
-) -> Collected: # each case with the total score of the sheet
+) -> Collection: # each case with the total score of the sheet
     "The chest scans that have a score"
     root = _of(root, 'deidentified_nongated')
-    scores, unused = _scores(read_xlsx(root/'scores.xlsx'))
-    cases, off = [], sum(abs(sum(v[:4])-v[4]) > .5 for v in scores.values())
-    known = {n for n,_ in unused}
-    for p in _by_number(d for d in root.iterdir() if d.is_dir()):
-        at, values = series_folder(p), scores.pop(p.name, None)
-        if values is None and p.name in known: continue
-        if values is None: at = Finding('NO_SCORE', 'no row in scores.xlsx')
-        if isinstance(at, Finding): unused.append((p.name, at))
-        else: cases.append(Case(p.name, at, score=values[4]))
-    unused += [(n, Finding('NO_SERIES', 'a score without images')) for n in scores]
-    said = Finding('SUM', f'{off} rows of scores.xlsx have a total that is not the sum of their arteries')
-    return Collected(tuple(cases), tuple(unused), (said,) if off else ())
+    scores, twice = _scores(read_xlsx(root/'scores.xlsx'))
+    def case(name):
+        if name not in scores: raise CocaError('no row in scores.xlsx', 'NO_SCORE')
+        if scores[name] is None: raise CocaError('a score is absent or no number from 0', 'SCORE')
+        return Case(name, series_folder(root/name), score=scores[name][4])
+    cases, lines = collect(_patients(root, scores), case)
+    off = Finding('SUM', 'its total in scores.xlsx is not the sum of its arteries')
+    lines += [ReportLine(c.patient, off) for c in cases if abs(sum(scores[c.patient][:4])-c.score) > .5]
+    return Collection(cases, (*twice, *lines))
 
 # %% ../nbs/28d_coca.ipynb #b1a273f2
 def _lesion_pieces(labels): # (H,W) -> (vessel, pixels), connected by sides, without holes

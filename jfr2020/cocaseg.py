@@ -18,6 +18,7 @@ from .volume import *
 from .config import *
 from .io.nifti import *
 from .cases import *
+from .collection import *
 from .coca import *
 
 # %% ../nbs/28f_cocaseg.ipynb #23d33c1b
@@ -105,24 +106,22 @@ def read_coca_segmentations(
     images:Path, # of the COCA collection, or its folder deidentified_nongated
     split:str=None, # 'train' or 'test'; both when absent
     classes:str='coronary', # what a mask holds, as in `SegmentMask`
-) -> Collected: # each case with a mask, and with the score of COCA where it has one
+) -> Collection: # each case with a mask, and with the score of COCA where it has one
     "The chest scans that have a segmentation"
     if split not in (None, 'train', 'test') or classes not in ('coronary', 'all'):
         raise ConfigError(f"split is 'train', 'test' or None, classes 'coronary' or 'all', got {split!r}, {classes!r}")
     root, images = Path(root), Path(images)
     images = images if images.name == 'deidentified_nongated' else images/'deidentified_nongated'
     scores = {c.patient: c.score for c in read_coca_nongated(images)} if (images/'scores.xlsx').is_file() else {}
-    masks, cases, unused = _masks(root/'nrrd'), [], []
-    splits = _splits(root/'train_test_split.csv')
-    for exam,part in splits.items():
-        if split not in (None, part): continue
-        none = Finding('NO_MASK', 'no mask; that is not taken as no calcium')
-        at = series_folder(images/exam) if exam in masks else none
-        if isinstance(at, Finding): unused.append((exam, at))
-        else: cases.append(Case(exam, at, SegmentMask(at, masks[exam], classes), scores.get(exam)))
-    extra = Finding('NO_SPLIT', 'a mask that train_test_split.csv does not list')
-    unused += [(e, extra) for e in masks if e not in splits]
-    return Collected(tuple(cases), tuple(unused))
+    masks, splits = _masks(root/'nrrd'), _splits(root/'train_test_split.csv')
+    def case(exam):
+        if exam not in splits: raise CocaError('a mask that train_test_split.csv does not list', 'NO_SPLIT')
+        if exam not in masks: raise CocaError('no mask; that is not taken as no calcium', 'NO_MASK')
+        at = series_folder(images/exam)
+        return Case(exam, at, SegmentMask(at, masks[exam], classes), scores.get(exam))
+    exams = [e for e in dict.fromkeys((*splits, *masks)) if split in (None, splits.get(e, split))]
+    cases, lines = collect(exams, case)
+    return Collection(cases, tuple(lines))
 
 # %% ../nbs/28f_cocaseg.ipynb #393d9151
 def write_segmentation(

@@ -208,13 +208,13 @@ def _sub_folders(folder): # -> sub-folders in the order of names, number of file
     return subs, len(here)-len(subs)
 
 def _look_into(subs, scan, pattern, progress): # -> ([(Case, patient hash, number of masks, place)], lines)
-    found, lines = [], []
-    for n,sub in enumerate(subs, 1):
-        place = f'folder {n} of {len(subs)} (in the order of names)'
-        def say(code, text, used=True, place=place): lines.append(ReportLine(place, Finding(code, text), used))
-        try: found.append((*_folder_case(sub, scan, pattern, say), place))
-        except JfrError as e: lines.append(refused_line(place, e))
-        if progress: progress(n, len(subs), 'looked into a folder')
+    said, place = [], {s: f'folder {n} of {len(subs)} (in the order of names)' for n,s in enumerate(subs, 1)}
+    def look(sub):
+        def say(code, text, used=True): said.append(ReportLine(place[sub], Finding(code, text), used))
+        return *_folder_case(sub, scan, pattern, say), place[sub]
+    found, lines = collect(subs, look, place.get, progress, 'looked into a folder')
+    at = {p: n for n,p in enumerate(place.values())}
+    lines = sorted(said+lines, key=lambda l: at[l.place])
     some = any(n for _,_,n,_ in found) # where no folder has a mask, none is missed
     lines += [ReportLine(p, Finding('NO_MASK', f'no file matches {pattern!r}')) for _,_,n,p in found if some and not n]
     return found, lines
@@ -239,5 +239,5 @@ def read_folder(
             text = f'its DICOM patient is that of {places[names.index(cases[k].patient)]}'
             lines.append(ReportLine(places[k], Finding('SAME_PATIENT', text)))
     cases, more = _join_scores(cases, names, scores, places)
-    if beside: more.append(ReportLine('all', Finding('OTHER_FILES', f'files in no sub-folder: {beside}'), False))
+    if beside: more.append(ReportLine(WHOLE, Finding('OTHER_FILES', f'files in no sub-folder: {beside}'), False))
     return Collection(cases, (*lines, *more))

@@ -22,7 +22,7 @@ from .calcium import *
 from .components import LESION_MM3
 from .variants import *
 from .cases import *
-from .coca import Collected
+from .collection import *
 
 # %% ../nbs/28e_orcascore.ipynb #e7a7f8df
 ORCA_LABELS = {1: 'LAD', 2: 'LCX', 3: 'RCA', 4: 'unspecified'} # of the challenge's masks; LAD includes the left main
@@ -157,42 +157,40 @@ class OrcaMask:
 
     def __call__(self): return from_orca_labels(self.raw())
 
-def _files(root): # {patient: {CTI | CTAI | R: path}}, unused
-    out, unused = {}, []
+def _files(root): # {patient: {CTI | CTAI | R: path}}, lines
+    out, lines = {}, []
     for p in sorted(Path(root).rglob('*')):
         m = _NAME.fullmatch(p.stem.upper()) if p.suffix.lower() == '.mhd' else None
         if not m: continue
         kinds = out.setdefault(m[1], {})
-        if m[3] in kinds: unused.append((m[1], Finding('TWICE', f'two files {m[3]}; the first is used')))
+        twice = Finding('TWICE', f'two files {m[3]}; the first is used')
+        if m[3] in kinds: lines.append(ReportLine(m[1], twice, False))
         else: kinds[m[3]] = p
-    return out, unused
+    return out, lines
 
-def _problem(kinds, labelled): # Finding or None
-    if 'CTI' not in kinds: return Finding('NO_IMAGE', 'no scan without contrast')
-    if labelled and 'R' not in kinds: return Finding('NO_REFERENCE', 'no reference beside the scan')
-    try: a,b = (metaimage_geometry(kinds[k]) for k in ('CTI', 'R' if 'R' in kinds else 'CTI'))
-    except JfrError as e: return Finding(e.code, e.cause)
-    return None if a.matches(b, tol=.01) else Finding('GRID', f'scan and reference lie on {a!r} and {b!r}')
+def _case(patient, kinds): # the case, or the refusal
+    train = patient.startswith('TR')
+    if 'CTI' not in kinds: raise OrcaError('no scan without contrast', 'NO_IMAGE')
+    if train and 'R' not in kinds: raise OrcaError('no reference beside the scan', 'NO_REFERENCE')
+    a,b = (metaimage_geometry(kinds[k]) for k in ('CTI', 'R' if train else 'CTI'))
+    if not a.matches(b, tol=.01): raise OrcaError(f'scan and reference lie on {a!r} and {b!r}', 'GRID')
+    return Case(patient, partial(read_metaimage, kinds['CTI'], CTVolume), OrcaMask(kinds['R']) if train else None)
 
 def read_orcascore(
     root:Path, # Challenge_data, or any folder above the files
     which:str='train', # 'train' (with reference) or 'test'
-) -> Collected: # the training cases with a mask in our labels
+) -> Collection: # the training cases with a mask in our labels
     "The patients of the challenge"
     if which not in ('train', 'test'): raise ConfigError(f"which is 'train' or 'test', got {which!r}")
     if not Path(root).is_dir(): raise OrcaError('no such folder', 'NO_FOLDER')
-    train, cases, cta = which == 'train', [], 0
-    files, unused = _files(root)
-    unused = [u for u in unused if u[0].startswith('TR') == train]
-    for patient,kinds in files.items():
-        if patient.startswith('TR') != train: continue
-        cta += 'CTAI' in kinds
-        problem = _problem(kinds, train)
-        if problem: unused.append((patient, problem)); continue
-        image = partial(read_metaimage, kinds['CTI'], CTVolume)
-        cases.append(Case(patient, image, OrcaMask(kinds['R']) if 'R' in kinds else None))
-    said = Finding('CONTRAST', f'{cta} scans with contrast medium are left alone: a calcium score needs one without')
-    return Collected(tuple(cases), tuple(unused), (said,) if cta else ())
+    files, twice = _files(root)
+    wanted = [p for p in files if p.startswith('TR') == (which == 'train')]
+    cases, lines = collect(wanted, lambda p: _case(p, files[p]))
+    lines += [l for l in twice if l.place in wanted]
+    if cta := sum('CTAI' in files[p] for p in wanted):
+        text = f'{cta} scans with contrast medium are left alone: a calcium score needs one without'
+        lines.append(ReportLine(WHOLE, Finding('CONTRAST', text)))
+    return Collection(cases, tuple(lines))
 
 def check_orca_mask(
     ct:CTVolume, # the scan

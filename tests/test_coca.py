@@ -79,7 +79,7 @@ def made(chests, tmp_path_factory): return write_coca(tmp_path_factory.mktemp('c
 
 def test_round_trip(chests, made):
     gated = read_coca(made)
-    assert [c.patient for c in gated] == ['0', '1'] and gated[1].score == 0 and gated.findings[0].code == 'NO_XML'
+    assert [c.patient for c in gated] == ['0', '1'] and gated[1].score == 0 and gated.report[0].finding.code == 'NO_XML'
     mask, checks = gated[0].mask.draw()
     assert np.array_equal(mask.data, chests[0].lesions.data)
     assert all(c.used and c.expected == c.pixels and not set(c.faults) - {'DEV_NAN'} for c in checks)
@@ -194,7 +194,7 @@ def test_lists_what_cannot_be_used(chests, tmp_path):
     for x in 'ab': (root/'patient'/'8'/x/'1.dcm').write_bytes(b'')
     write_coca_xml(chests[0].ct, chests[0].lesions, root/'calcium_xml'/'99.xml')
     got = read_coca(tmp_path)
-    assert {(n, f.code) for n, f in got.unused} == {('7', 'NO_SERIES'), ('8', 'MANY_SERIES'), ('99', 'NO_SERIES')}
+    assert {(l.place, l.finding.code) for l in got.left_out} == {('7', 'NO_SERIES'), ('8', 'MANY_SERIES'), ('99', 'NO_SERIES')}
     assert '99' not in repr(got) and 'NO_SERIES' in repr(got)
     assert len(read_coca(root, missing='skip')) == 1
 
@@ -212,7 +212,7 @@ def test_scores_of_cases_and_what_cannot_be_scored(chests, tmp_path):
     seen = []
     got = score_cases(read_coca(tmp_path), progress=lambda *a: seen.append(a[:2]))
     assert [(c.patient, round(c.score, 6)) for c in got] == [('0', round(agatston(chests[0].ct, chests[0].lesions), 6)), ('2', 0)]
-    assert [(n, f.code) for n, f in got.unused] == [('1', 'XML')] and seen == [(1, 3), (2, 3), (3, 3)]
+    assert [(l.place, l.finding.code) for l in got.left_out] == [('1', 'XML')] and seen == [(1, 3), (2, 3), (3, 3)]
     assert str(tmp_path) not in repr(got.cases) + repr(got.cases[0].mask)
 
 
@@ -290,7 +290,7 @@ def test_segments_by_name(chests, made, tmp_path):
     assert read_segment_names(path) == names
     (tmp_path/'train_test_split.csv').write_text('exam,split\n0,train\n1,test\n')
     got = read_coca_segmentations(tmp_path, made)
-    assert np.array_equal(load_mask(got[0].mask).data, chest.lesions.data) and [f.code for _, f in got.unused] == ['NO_MASK']
+    assert np.array_equal(load_mask(got[0].mask).data, chest.lesions.data) and [l.finding.code for l in got.left_out] == ['NO_MASK']
     flipped = MaskVolume(both, chest.ct.geometry)[::-1, :, ::-1] # stored the other way round
     mask, said = place_segments(flipped, names, chest.ct.geometry)
     assert np.array_equal(mask.data, chest.lesions.data) and not said

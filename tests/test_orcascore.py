@@ -213,8 +213,8 @@ def test_names_in_the_wild(chest, tmp_path):
     for p in list(ref.iterdir()): p.rename(p.with_name(p.name.replace('P1R', 'P1r')))
     (ref/'TRV1P1r.mhd').write_text((ref/'TRV1P1r.mhd').read_text().replace('P1R', 'P1r'))
     got = read_orcascore(tmp_path)
-    assert [c.patient for c in got] == ['TRV1P1'] and [(n, f.code) for n, f in got.unused] == [('TRV1P9', 'NO_REFERENCE')]
-    assert got.findings[0].code == 'CONTRAST' and load_mask(got[0].mask).data.any()
+    assert [c.patient for c in got] == ['TRV1P1'] and [(l.place, l.finding.code) for l in got.left_out] == [('TRV1P9', 'NO_REFERENCE')]
+    assert got.report[-1].finding.code == 'CONTRAST' and load_mask(got[0].mask).data.any()
     assert [c.patient for c in read_orcascore(tmp_path, 'test')] == ['VAV2P1']
 
 
