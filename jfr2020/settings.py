@@ -7,8 +7,10 @@ __all__ = ['SETTINGS_SCHEMA', 'Between', 'value_of', 'Settings', 'Setting', 'lis
            'trace_settings', 'read_settings', 'save_settings', 'config_options']
 
 # %% ../nbs/05e_settings.ipynb #778b89f3
-import argparse, difflib, inspect, io, json, math, tokenize, types
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+import argparse, difflib, json, linecache, math, re, sys, tokenize, types
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -101,9 +103,19 @@ def _nearest(word, known):
     hit = difflib.get_close_matches(str(word), known, 1, .5)
     return f'did you mean {hit[0]!r}?' if hit else f'known: {", ".join(known)}'
 
-def _words_of(kind): # what a text may be
-    if get_origin(kind) is Literal: return [str(a) for a in get_args(kind)]
-    return [w for a in get_args(kind) for w in _words_of(a)] if get_origin(kind) in (Union, types.UnionType) else []
+def _parts(kind): # the kinds it may be one of
+    return [p for a in get_args(kind) for p in _parts(a)] if get_origin(kind) in (Union, types.UnionType) else [kind]
+
+def _several_of(kind): return any(get_origin(k) is tuple for k in _parts(kind))
+
+def _words_of(kind): # what a text, or each of several, may be
+    own = [str(a) for k in _parts(kind) if get_origin(k) is Literal for a in get_args(k)]
+    return own or [w for k in _parts(kind) if get_origin(k) is tuple for w in _words_of(get_args(k)[0])]
+
+def _fix(kind, v): # what to do about `v`
+    words, said = _words_of(kind), v.split(',') if isinstance(v, str) else v if isinstance(v, (list, tuple)) else ()
+    odd = [o for o in said if o not in words]
+    return _nearest(odd[0], words) if words and odd else 'correct the value'
 
 def value_of(
     kind, # type of a field
@@ -114,9 +126,7 @@ def value_of(
     "`v` as a value of `kind`, or the `ConfigError` that says where, needed and found"
     try: return _take(kind, v, loose)
     except (ValueError, OverflowError, TypeError, RecursionError) as e:
-        words = _words_of(kind) if isinstance(v, str) else []
-        raise ConfigError(f'{where}: {_need(kind)} needed, found {repr(v)[:60]}',
-                          fix=_nearest(v, words) if words else 'correct the value') from e
+        raise ConfigError(f'{where}: {_need(kind)} needed, found {repr(v)[:60]}', fix=_fix(kind, v)) from e
 
 # %% ../nbs/05e_settings.ipynb #0d5fe4d4
 class Settings:
@@ -128,9 +138,9 @@ class Settings:
                 if not isinstance(v, s.kind):
                     raise ConfigError(f'{where}: {s.kind.__name__} needed, found {repr(v)[:60]}')
             else: object.__setattr__(self, s.name, value_of(s.kind, v, where))
-        self.check()
+        self._check()
 
-    def check(self):
+    def _check(self):
         "Refuse values that do not go together; subclasses say which"
 
     def as_dict(self) -> dict: # nested like the settings
@@ -156,31 +166,38 @@ class Setting:
     about:str # the comment beside the field
     section:type # the dataclass it stands in
 
-def _comments(cls): # field -> the comment beside it, '' where the source is not at hand
+def _source(cls): # the lines of a class; none where its module has no file (`inspect` takes ten times as long)
+    lines = linecache.getlines(getattr(sys.modules.get(cls.__module__), '__file__', None) or '')
+    start = next((k for k,l in enumerate(lines) if re.match(rf'class {cls.__name__}\b', l)), len(lines))
+    return lines[start:start+1] + [*takewhile(lambda l: l[0] in ' \n', lines[start+1:])]
+
+@lru_cache
+def _comments(cls): # field -> the comment beside it
     out, name = {}, None
-    try: source = inspect.getsource(cls)
-    except (OSError, TypeError): return out
-    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+    for t in tokenize.generate_tokens(iter(_source(cls)).__next__):
         first = not t.line[:t.start[1]].strip() # of its line
         if t.type == tokenize.NAME and first: name = t.string
         if t.type == tokenize.COMMENT and not first and name: out.setdefault(name, t.string[1:].strip())
     return out
 
-def _own(cls): # the fields of one dataclass, nested ones as they stand
-    hints, said = get_type_hints(cls, include_extras=True), _comments(cls)
+@lru_cache
+def _own(cls): # the fields of one dataclass, nested ones as they stand; `about` is added when it is asked for
+    hints, out = get_type_hints(cls, include_extras=True), []
     for f in fields(cls):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         kind = hints[f.name] | None if default is None else hints[f.name]
-        yield Setting(f.name, kind, default, said.get(f.name, ''), cls)
+        out.append(Setting(f.name, kind, default, '', cls))
+    return tuple(out)
 
 def list_settings(
     cls:type, # dataclass
     before:str='', # prefix of the names
 ) -> list: # of `Setting`, in their order
     "Every value that may be chosen, with dotted names"
-    out = []
+    out, said = [], _comments(cls)
     for s in _own(cls):
-        if not is_dataclass(s.kind): out.append(Setting(before+s.name, *list(vars(s).values())[1:])); continue
+        if not is_dataclass(s.kind):
+            out.append(replace(s, name=before+s.name, about=said.get(s.name, ''))); continue
         given = {} if s.default is MISSING else flat_settings(s.default, before+s.name+'.')
         out += [Setting(o.name, o.kind, given.get(o.name, o.default), o.about, o.section)
                 for o in list_settings(s.kind, before+s.name+'.')]
@@ -274,9 +291,10 @@ def _said(cls, words): # of the command line -> (Setting, text), in order
         option, eq, text = words.pop(0).partition('=')
         if not option.startswith('--'): raise ConfigError(f'an option (--NAME) needed, found {option[:60]!r}')
         s, values = find_setting(cls, option[2:], option[:60]), [text] if eq else []
-        many = get_origin(s.kind) is tuple
+        many = _several_of(s.kind)
         while not eq and words and not words[0].startswith('--') and (many or not values): values.append(words.pop(0))
-        if not values and s.kind is not bool: raise ConfigError(f'{option}: {_need(s.kind)} needed, found nothing')
+        if not values and bool not in _parts(s.kind):
+            raise ConfigError(f'{option}: {_need(s.kind)} needed, found nothing')
         out.append((s, ' '.join(values) or ('true' if not eq else '')))
     return out
 
@@ -328,7 +346,7 @@ def _shown(v): # a default, as one would write it
     return 'none' if v is None else v if isinstance(v, str) and v else json.dumps(v)
 
 def _option(group, s, short): # one option of the parser
-    many = '?' if s.kind is bool else '+' if get_origin(s.kind) is tuple else None
+    many = '?' if bool in _parts(s.kind) else '+' if _several_of(s.kind) else None
     default = '' if s.default is MISSING else f' (default: {_shown(s.default)})'
     about = '; '.join(o for o in (s.about, _need(s.kind)) if o).removesuffix(',') + default
     group.add_argument(*short, f'--{s.name}', action=_Collect, nargs=many, dest='words', default=(),
