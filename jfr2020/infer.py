@@ -20,6 +20,7 @@ from .calcium import *
 from .components import *
 from .data.transforms import *
 from .data.batch import *
+from .models.base import *
 
 # %% ../nbs/60_infer.ipynb #eac9f849
 def window_starts(
@@ -92,16 +93,23 @@ def _add(out, answer, at): # the part of the window that lies in the scan
     out[(slice(None), *map(slice, low, high))] += answer[(slice(None), *inside)]
 
 # %% ../nbs/60_infer.ipynb #df191345
-def _steady(dls): # item transforms that prediction repeats: everything that chooses a grid, but no patch
-    keep = [t for t in dls.valid.after_item.fs if isinstance(t, GridTransform) and t.split_idx is None]
+def _steady(tfms): # item transforms that prediction repeats: everything that chooses a grid, but no patch
+    keep = [t for t in tfms if isinstance(t, GridTransform) and t.split_idx is None]
     return [t for t in keep if not isinstance(t, (RandomCrop, CropOrPad))]
 
 def window_of(
-    dls, # DataLoaders of volumes
+    tfms, # item transforms of a data set or a preprocessing
 ) -> tuple: # voxels, (D,H,W), or None where samples are whole scans
     "The size of the patches a network was trained on"
-    sizes = [t.shape for t in dls.valid.after_item.fs if isinstance(t, (RandomCrop, CropOrPad))]
+    sizes = [t.shape for t in tfms if isinstance(t, (RandomCrop, CropOrPad))]
     return sizes[-1] if sizes else None
+
+def _recipe(of): # Learner or Model -> (network, item transforms, batch transforms, is the spacing an input)
+    if isinstance(of, Model):
+        how = of.preprocessing
+        if how is None: raise ConfigError('nobody has said how the input of this model is prepared', 'NO_PREPROCESSING')
+        return of, how.item_tfms(), how.batch_tfms(), False
+    return of.model, list(of.dls.valid.after_item.fs), list(of.dls.valid.after_batch.fs), of.dls.n_inp == 2
 
 def as_probability(
     y, # (B,K,...) logits: one channel for a binary label, or one for each label with background first
@@ -111,7 +119,7 @@ def as_probability(
     return torch.softmax(y, 1)
 
 def predict_probability(
-    learn, # fastai Learner trained on scans and masks
+    of, # fastai Learner trained on scans and masks, or a `Model` that knows its preprocessing
     ct:CTVolume, # a scan, as it was read
     overlap:float=.5, # share of a window that the next one covers again
     batch:int=2, # windows at once
@@ -119,42 +127,41 @@ def predict_probability(
     window=None, # voxels, (D,H,W); as trained when absent
 ) -> FeatureVolume: # (D,H,W,L) float32 on the grid that was fed; background first
     "Probability of every label, on the grid of the last deterministic transform"
-    dls, model = learn.dls, learn.model
+    net, items, batches, two = _recipe(of)
     v = ct
-    for t in _steady(dls): v = t(v, split_idx=1)
-    grey = compose(*[t for t in dls.valid.after_batch.fs if isinstance(t, BatchTransform) and t.split_idx is None])
-    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    for t in _steady(items): v = t(v, split_idx=1)
+    grey = compose(*[t for t in batches if isinstance(t, BatchTransform) and t.split_idx is None])
+    device = next((p.device for p in net.parameters()), torch.device('cpu'))
     spacing = torch.tensor([v.spacing], device=device)
-    two = dls.n_inp == 2 # the spacing is a second input
     def answer(cubes):
         x = plain(grey((TensorVolume(cubes),))[0])
-        return as_probability(plain(model(x, spacing.expand(len(x), 3)) if two else model(x)))
-    was = model.training; model.eval()
-    x, size = VolumeToTensor()(v).as_subclass(torch.Tensor), window or window_of(dls) or v.shape
+        return as_probability(plain(net(x, spacing.expand(len(x), 3)) if two else net(x)))
+    was = net.training; net.eval()
+    x, size = VolumeToTensor()(v).as_subclass(torch.Tensor), window or window_of(items) or v.shape
     try: p = slide(answer, x, size, overlap, batch, device, mirrors)
-    finally: model.train(was)
+    finally: net.train(was)
     return FeatureVolume(np.moveaxis(p.numpy(), 0, -1), v.geometry)
 
 def predict_mask(
-    learn, # fastai Learner trained on scans and masks
+    of, # fastai Learner trained on scans and masks, or a `Model` that knows its preprocessing
     ct:CTVolume, # a scan, as it was read
     snap:bool=True, # extents from the image: the thresholded components that the prediction touches
     rule:ScoreRule=AGATSTON, # brings the threshold
     **how, # arguments of `predict_probability`
 ) -> MaskVolume: # on the grid of `ct`
     "Labels of a scan on its native grid"
-    p = predict_probability(learn, ct, **how)
+    p = predict_probability(of, ct, **how)
     mask = onto(MaskVolume(p.data.argmax(-1).astype(np.uint8), p.geometry), ct.geometry)
     return snap_to_lesions(ct, mask, rule) if snap else mask
 
 class ModelSegmenter:
     "A trained network where rules or a reader's mask could stand: a callable from `CTVolume` to `MaskVolume`"
     def __init__(self,
-        learn, # fastai Learner trained on scans and masks
+        of, # fastai Learner trained on scans and masks, or a `Model` that knows its preprocessing
         **how, # arguments of `predict_mask`
-    ): self.learn, self.how = learn, how
+    ): self.of, self.how = of, how
     def __call__(self,
         ct:CTVolume, # the scan
     ) -> MaskVolume: # on the grid of `ct`
         "The labels of `ct`"
-        return predict_mask(self.learn, ct, **self.how)
+        return predict_mask(self.of, ct, **self.how)
