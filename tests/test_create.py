@@ -273,6 +273,9 @@ def test_clashes_between_files(mine, tmp_path, spoil, code):
     made = run(CONFIG, mine, tmp_path/'s')
     assert {s: e.code for s,e in made.refused.items()} == {'sub-0': code}, made
     assert made.done == ('sub-1','sub-2')
+    said = str(made.refused['sub-0'])
+    assert any(g in said for g in CONFIG), said # of which group
+    if code == 'SPACE' and 'std_mask' not in said and 'file' not in said: assert 'reference = "own"' in said
 
 
 def test_a_file_counts_once(mine, tmp_path):

@@ -141,9 +141,9 @@ def check_same_space(
     b:Geometry, # the grid found
     names, # what each of them is called
     tol:float=SAME_MM, # mm, at the corners
+    fix:str='resample one onto the other, or take the files of one space', # what to do
 ):
     "Raise `GeometryError` naming both where two grids differ"
-    fix = 'resample one onto the other, or take the files of one space'
     if not a.matches(b, tol) and _same_corners(a, b, tol):
         text = f'{names[1]} has the voxels of {names[0]}, but its axes run {b.code} instead of {a.code}'
         raise GeometryError(text, 'AXES', 'reorient one of them, or let each have a grid of its own')

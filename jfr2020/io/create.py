@@ -121,7 +121,8 @@ def _find_volumes(plan, config): # group -> FoundVolume, all spaces compared
     found = {g.name: find_volume(g, plan.files[g.name], plan.beside[g.name]) for g in config.volumes}
     for g in config.volumes:
         if ref := config.reference(g):
-            check_same_space(found[ref].geometry, found[g.name].geometry, (ref, g.name), SPACE_MM)
+            check_same_space(found[ref].geometry, found[g.name].geometry, (ref, g.name), SPACE_MM,
+                             'resample one onto the other, or say reference = "own" in the config')
     return found
 
 def _find_lines(plan, config, volumes): # group -> FoundLines

@@ -148,6 +148,17 @@ def read_volume_group(
     found:FoundVolume, # from `find_volume`
 ) -> tuple: # `Volume` of its kind, dict of what is kept beside it
     "The volume of a group, standardised where the config says so"
+    g = found.group
+    try: v, attrs = _read_found(found)
+    except JfrError as e:
+        if e.cause.startswith(f'{g.name}: '): raise
+        raise type(e)(f'{g.name}: {e.cause}', e.code, e.fix) from e
+    attrs['files'] = list(g.files)
+    if g.unit: attrs['unit'] = g.unit
+    if g.storage: attrs['storage'] = g.storage
+    return v, attrs
+
+def _read_found(found): # in the way of its kind
     g, path = found.group, found.files[0]
     if found.series:
         v, attrs = read_series(found.series), dict(series_uid=found.series.uid)
@@ -157,9 +168,6 @@ def read_volume_group(
     elif found.kind == 'volume' and g.standardization == 'none' and not g.dtype and not g.nan_to_zero:
         v, attrs = read_nifti(path), dict(standardization='none')
     else: v, attrs = _read_features(found)
-    attrs['files'] = list(g.files)
-    if g.unit: attrs['unit'] = g.unit
-    if g.storage: attrs['storage'] = g.storage
     return v, attrs
 
 # %% ../../nbs/12g_io.groups.ipynb #c3acb682
