@@ -63,10 +63,12 @@ _PLAIN = {bool: (_flag, 'true or false'), int: (_whole, 'a whole number'), float
           str: (_text, 'a text on one line'), dict: (_named, 'names with plain values'), type(None): (_nothing, 'none')}
 
 # %% ../nbs/05e_settings.ipynb #d0d5879c
+def _short(x): return str(int(x)) if x == int(x) and abs(x) < 1e9 else f'{x:g}'
+
 def _need(kind): # in words
     origin, args = get_origin(kind), get_args(kind)
     if kind in _PLAIN: return _PLAIN[kind][1]
-    if origin is Annotated: return f'{_need(args[0])} from {args[1].low:g} to {args[1].high:g}'
+    if origin is Annotated: return f'{_need(args[0])} from {_short(args[1].low)} to {_short(args[1].high)}'
     if origin is Literal: return 'one of ' + ', '.join(map(str, args))
     if origin is tuple and args[1:] == (...,): return f'a list, each {_need(args[0])},'
     if origin is tuple: return f'{len(args)} values, each {_need(args[0])},'
@@ -342,15 +344,17 @@ class _Collect(argparse.Action):
         namespace.words = [*(namespace.words or []), *said]
 
 def _shown(v): # a default, as one would write it
-    if isinstance(v, tuple): return ' '.join(map(_shown, v))
+    if isinstance(v, tuple): return ' '.join(map(_shown, v)) or 'empty'
     return 'none' if v is None else v if isinstance(v, str) and v else json.dumps(v)
 
-def _option(group, s, short): # one option of the parser
+def _option(group, s, short): # one option of the parser, and its dotted name, which help does not repeat
     many = '?' if bool in _parts(s.kind) else '+' if _several_of(s.kind) else None
+    need = '' if str in _parts(s.kind) else _need(s.kind).removesuffix(',')
     default = '' if s.default is MISSING else f' (default: {_shown(s.default)})'
-    about = '; '.join(o for o in (s.about, _need(s.kind)) if o).removesuffix(',') + default
-    group.add_argument(*short, f'--{s.name}', action=_Collect, nargs=many, dest='words', default=(),
-                       metavar='VALUE', help=about.replace('%', '%%'))
+    about = ('; '.join(o for o in (s.about, need) if o) + default).replace('%', '%%')
+    kw = dict(action=_Collect, nargs=many, dest='words', default=(), metavar='V')
+    group.add_argument(f'--{short}', help=about, **kw)
+    if short != s.name: group.add_argument(f'--{s.name}', help=argparse.SUPPRESS, **kw)
 
 def config_options(
     parser, # of argparse
@@ -361,5 +365,6 @@ def config_options(
     ends = [s.name.split('.')[-1] for s in every]
     for s,end in zip(every, ends):
         part = s.name.rpartition('.')[0]
-        if part not in groups: groups[part] = parser.add_argument_group(part or 'the whole', s.section.__doc__)
-        _option(groups[part], s, [f'--{end}'] if end != s.name and ends.count(end) == 1 else [])
+        also = f'{s.section.__doc__}; also --{part}.NAME' if part else s.section.__doc__
+        if part not in groups: groups[part] = parser.add_argument_group(part or 'the whole', also)
+        _option(groups[part], s, end if ends.count(end) == 1 else s.name)

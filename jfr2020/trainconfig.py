@@ -6,7 +6,7 @@
 __all__ = ['DataSettings', 'AugmentSettings', 'ModelSettings', 'OptSettings', 'ScheduleSettings', 'TrainSettings', 'LogSettings',
            'CalciumConfig']
 
-# %% ../nbs/49_trainconfig.ipynb #3174b7e8
+# %% ../nbs/49_trainconfig.ipynb #a78c20f4
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -14,8 +14,8 @@ from .errors import *
 from .settings import *
 from .view import *
 
-# %% ../nbs/49_trainconfig.ipynb #bd393b1e
-_Share, _Above0 = Annotated[float, Between(0, 1)], Annotated[float, Between(1e-12, 1e12)]
+# %% ../nbs/49_trainconfig.ipynb #0ace0d66
+_Share = Annotated[float, Between(0, 1)]
 _Count, _Many = Annotated[int, Between(1, 10**6)], Annotated[int, Between(0, 10**6)]
 _Sizes, _Spacing = tuple[(Annotated[int, Between(1, 4096)],)*3], tuple[(Annotated[float, Between(.05, 50)],)*3]
 
@@ -74,7 +74,7 @@ class AugmentSettings(Settings):
     blur:Annotated[float, Between(0, 10)] = 0. # pixels, largest standard deviation
     gamma:Annotated[float, Between(0, 2)] = 0. # largest logarithm of the power of grey values
 
-# %% ../nbs/49_trainconfig.ipynb #c47ccdf2
+# %% ../nbs/49_trainconfig.ipynb #96a32b61
 _Losses = Literal['dice','tversky','focal','candidates','score','ordinal','score_and_class']
 _Schedules = Literal['constant','one_cycle','cosine','restarts','multistep','delayed','plateau']
 
@@ -106,7 +106,7 @@ class OptSettings(Settings):
     momentum:Annotated[float, Between(0, .9999)] = .9 # of the gradient; the start of it where the schedule moves it
     sqr_momentum:Annotated[float, Between(0, .99999)] = .99 # of its square, where the optimiser has one
     lookahead:Annotated[int, Between(2, 1000)] = 6 # steps between two slow steps of ranger
-    clip:_Above0 = None # largest norm of the gradient; none does not clip
+    clip:Annotated[float, Between(1e-6, 1e6)] = None # largest norm of the gradient; none does not clip
     accumulate:_Count = 1 # batches whose gradients make one step
     ema:Annotated[float, Between(.5, .99999)] = None # decay of the moving average of the weights; none keeps none
 
@@ -134,7 +134,7 @@ class ScheduleSettings(Settings):
                   (self.schedule == 'delayed' and not 0 < self.delay < 1,
                    f'delay must lie between 0 and 1, found {self.delay:g}', 'constant or cosine do without'))
 
-# %% ../nbs/49_trainconfig.ipynb #d2d9e662
+# %% ../nbs/49_trainconfig.ipynb #9332ec08
 @dataclass(frozen=True)
 class TrainSettings(Settings):
     "How long, on what, and what is kept"
