@@ -7,8 +7,8 @@ __all__ = ['PREPARABLE', 'is_preparable', 'split_tfms', 'check_preparable', 'cod
            'StoredVolume', 'preparation', 'case_key', 'whole_hu', 'small_labels', 'PreparedCases', 'prepare_cases',
            'clean_cache']
 
-# %% ../../nbs/30b_data.cache.ipynb #c580419a
-import ast, hashlib, importlib.util, inspect, json, pickle
+# %% ../../nbs/30b_data.cache.ipynb #c2af3ec5
+import ast, hashlib, importlib.util, inspect, json, os, pickle
 from contextlib import closing
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
@@ -29,7 +29,7 @@ from ..cases import *
 from ..collection import *
 from .transforms import *
 
-# %% ../../nbs/30b_data.cache.ipynb #5834b211
+# %% ../../nbs/30b_data.cache.ipynb #d67dd8fe
 PREPARABLE = (Onto, CropOrPad, TrimSlices, CropHeart) # transforms that draw nothing
 
 def is_preparable(
@@ -55,7 +55,7 @@ def check_preparable(
     if bad: raise ConfigError(f'{bad[0]} may differ from epoch to epoch: it cannot be prepared', 'RANDOM',
                               'leave it among the item_tfms; ' + ', '.join(t.__name__ for t in PREPARABLE) + ' can')
 
-# %% ../../nbs/30b_data.cache.ipynb #39a4fee0
+# %% ../../nbs/30b_data.cache.ipynb #bcc309ca
 def _imports(path): # names of this library's modules that the file imports
     own = 'jfr2020'
     for node in ast.walk(ast.parse(path.read_text('utf-8'))):
@@ -92,7 +92,7 @@ def class_hash(
                           'NO_CODE', 'define it in a module') from e
     return [cls.__qualname__, hashlib.sha256(source.encode()).hexdigest()[:16]]
 
-# %% ../../nbs/30b_data.cache.ipynb #6823d357
+# %% ../../nbs/30b_data.cache.ipynb #36621e1c
 def _file_hash(path): # a file with those that share its name, or a folder
     if path.is_dir(): return ['folder', content_hash(walk_files(path))]
     stem = path.name.split('.')[0]
@@ -130,15 +130,18 @@ def _exists(o):
     try: return Path(o).exists()
     except OSError: return False # too long to be a path
 
-# %% ../../nbs/30b_data.cache.ipynb #4677ab98
+# %% ../../nbs/30b_data.cache.ipynb #a5e3d687
 @dataclass(frozen=True, repr=False)
 class StoredVolume:
     "A source of `Case`: a volume of a store, mapped read-only when it is called"
     subject:StoredSubject
     name:str # of the volume
 
-    def __call__(self) -> Volume: # of the type that was written
-        return self.subject.volume(self.name)
+    def __call__(self) -> Volume: # of the type that was written; the same object at every call of a process
+        if self.__dict__.get('_seen', (None,))[0] != os.getpid():
+            object.__setattr__(self, '_seen', (os.getpid(), self.subject.volume(self.name)))
+        return self.__dict__['_seen'][1]
+    def __getstate__(self): return dict(subject=self.subject, name=self.name) # maps do not travel
     def __repr__(self): return f'StoredVolume {self.name}' # paths may name people
 
 def preparation(
@@ -157,7 +160,7 @@ def case_key(
     "The name of what `tfms` make of `case`"
     return value_hash(dict(how=preparation(tfms), image=source_parts(case.image), mask=source_parts(case.mask)))
 
-# %% ../../nbs/30b_data.cache.ipynb #bbf45787
+# %% ../../nbs/30b_data.cache.ipynb #f2552d79
 def whole_hu(
     ct:CTVolume, # int16 or float32 HU
 ) -> tuple: # (int16 `CTVolume`, the largest change in HU)
@@ -175,7 +178,7 @@ def small_labels(
     "Labels in as few bytes as they need"
     return m.like(m.data.astype(np.uint8)) if m.data.min() >= 0 and m.data.max() <= 255 else m
 
-# %% ../../nbs/30b_data.cache.ipynb #1d1e7d93
+# %% ../../nbs/30b_data.cache.ipynb #92f491b3
 @dataclass(frozen=True, eq=False, repr=False)
 class PreparedCases(Collection):
     "Cases whose sources lie in a store, and what became of the rest"
@@ -244,7 +247,7 @@ def _from_store(case, subject): # `case` with sources in the store
     mask = None if case.mask is None else StoredVolume(subject, 'mask')
     return replace(case, image=StoredVolume(subject, 'image'), mask=mask)
 
-# %% ../../nbs/30b_data.cache.ipynb #d98e4bb7
+# %% ../../nbs/30b_data.cache.ipynb #29d92129
 def clean_cache(
     store:Path, # that `prepare_cases` wrote to
     keep, # of prepared cases: what they use stays
