@@ -57,7 +57,8 @@ class SegmentMask:
 
     def read(self) -> tuple: # (MaskVolume with keys of `SEGMENT_CLASSES` on the grid of the scan, tuple of Finding)
         "All classes, and what the labels of the file could not tell"
-        return place_segments(read_mask(self.path), read_segment_names(self.path), load_ct(self.folder).geometry)
+        scan = SeriesFolder(self.folder).series()
+        return place_segments(read_mask(self.path), read_segment_names(self.path), scan.geometry)
 
     def __call__(self):
         mask, said = self.read()

@@ -10,7 +10,6 @@ __all__ = ['ORCA_LABELS', 'ORCA_RULE', 'OrcaError', 'from_orca_labels', 'to_orca
 # %% ../nbs/28e_orcascore.ipynb #6dd87eb3
 import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 import numpy as np
 
@@ -174,7 +173,7 @@ def _case(patient, kinds): # the case, or the refusal
     if train and 'R' not in kinds: raise OrcaError('no reference beside the scan', 'NO_REFERENCE')
     a,b = (metaimage_geometry(kinds[k]) for k in ('CTI', 'R' if train else 'CTI'))
     if not a.matches(b, tol=.01): raise OrcaError(f'scan and reference lie on {a!r} and {b!r}', 'GRID')
-    return Case(patient, partial(read_metaimage, kinds['CTI'], CTVolume), OrcaMask(kinds['R']) if train else None)
+    return Case(patient, VolumeFile(kinds['CTI']), OrcaMask(kinds['R']) if train else None)
 
 def read_orcascore(
     root:Path, # Challenge_data, or any folder above the files

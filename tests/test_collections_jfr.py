@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jfr2020.calcium import AGATSTON, calcium_score
-from jfr2020.cases import load_ct, load_mask
+from jfr2020.cases import SeriesFolder, VolumeFile, file_geometry, load_ct, load_mask
 from jfr2020.categories import SCHEMES, risk_category
 from jfr2020.clicks import Click
 from jfr2020.errors import ConfigError, JfrError
-from jfr2020.folders import SeriesFolder, VolumeFile, file_geometry, read_folder, read_scores
+from jfr2020.folders import read_folder, read_scores
 from jfr2020.geometry import Geometry
 from jfr2020.io.dicom import get_dicom_series
+from jfr2020.intensity import padding_mask
 from jfr2020.io.metaimage import write_metaimage
-from jfr2020.io.nifti import VolumeFileError, write_nifti
+from jfr2020.io.nifti import VolumeFileError, as_hounsfield, write_nifti
 from jfr2020.io.write import write_series
-from jfr2020.jfr import (AXIS_ORDERS, JFR_SLICES, as_hounsfield, axis_order, check_jfr_case, jfr_row, read_jfr, read_jfr_ct,
+from jfr2020.jfr import (AXIS_ORDERS, JFR_SLICES, axis_order, check_jfr_case, jfr_row, read_jfr, read_jfr_ct,
                          write_jfr_exam, write_jfr_results)
 from jfr2020.volume import OUTSIDE, CTVolume, MaskVolume, Volume
 
@@ -131,10 +132,10 @@ def test_D1_padding_of_any_value_is_the_same_scan_and_score(tmp_path, order):
 def test_D1_shifted_numbers_stay_shifted_or_are_refused(shift):
     ct,_,_ = scan()
     moved = Volume((ct.data+shift).astype('i2'), ct.geometry)
-    try: assert (as_hounsfield(moved).data == np.maximum(moved.data, OUTSIDE)).all()
+    try: assert (as_hounsfield(moved, padding_mask(moved)).data == np.maximum(moved.data, OUTSIDE)).all()
     except VolumeFileError as e: assert e.code == 'NOT_HU'
     if shift == 1024: # no air is left
-        with pytest.raises(VolumeFileError): as_hounsfield(moved)
+        with pytest.raises(VolumeFileError): as_hounsfield(moved, padding_mask(moved))
 
 
 def test_D3_mask_and_image_are_on_one_scale_and_grid(tmp_path):

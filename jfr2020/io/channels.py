@@ -16,7 +16,6 @@ from ..errors import *
 from ..geometry import *
 from ..volume import *
 from .nifti import *
-from .nifti import _load_nifti, _nifti_affine, AGAIN
 
 # %% ../../nbs/11a_io.channels.ipynb #b3284360
 @dataclass(frozen=True, eq=False)
@@ -44,17 +43,14 @@ def nifti_head(
     "The header of a NIfTI file, checked"
     if not is_nifti(path):
         raise VolumeFileError(f'NIfTI files end in .nii or .nii.gz, not in {Path(path).suffix!r}', 'NAME')
-    img = _load_nifti(path)
-    A, kind, shape = _nifti_affine(img.header), img.get_data_dtype(), tuple(int(n) for n in img.shape)
+    img = open_nifti(path)
+    A, shape = nifti_affine(img.header), tuple(int(n) for n in img.shape)
     many = [n for n in shape[3:] if n != 1]
     if len(shape) < 3 or len(many) > 1:
         raise VolumeFileError(f'a 3-D or 4-D volume needed, found shape {shape}', 'DIMENSIONS', 'save one volume of it')
-    if kind.kind not in 'iuf' or kind.itemsize > 8: raise VolumeFileError(f'real numbers needed, found {kind}', 'TYPE')
-    packed, offset = str(path).lower().endswith('.gz'), int(img.dataobj.offset)
-    held = Path(path).stat().st_size - (0 if packed else offset)
-    check_claim((*shape[:3], *many), kind.itemsize, held, packed)
-    return NiftiHead(Path(path), Geometry(shape[2::-1], A[:,[2,1,0,3]]), many[0] if many else 0, kind,
-                     (float(img.dataobj.slope), float(img.dataobj.inter)), offset, packed)
+    return NiftiHead(Path(path), grid_of_file(shape[:3], A), many[0] if many else 0, img.get_data_dtype(),
+                     (float(img.dataobj.slope), float(img.dataobj.inter)), int(img.dataobj.offset),
+                     str(path).lower().endswith('.gz'))
 
 # %% ../../nbs/11a_io.channels.ipynb #b0223a11
 PIECE = 1<<16 # compressed bytes read at once

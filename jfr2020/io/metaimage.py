@@ -49,7 +49,7 @@ def _said(h, names, n, default=None): # the first of `names` in the header, as n
     return out
 
 def _shape(h): # -> (i,j,k), voxels
-    shape = [int(n) for n in h.get('DimSize', '').split() if n.isdigit()]
+    shape = [int(n) for n in h.get('DimSize', '').split() if n.isdecimal()]
     if h.get('NDims') != '3' or len(shape) != 3 or min(shape) < 1 or h.get('ElementNumberOfChannels', '1') != '1':
         found = f'NDims {h.get("NDims", "")[:8]!r}, sizes {shape}'
         raise VolumeFileError(f'one 3-D volume of one channel needed, found {found}', 'DIMENSIONS', 'save one volume')
@@ -102,37 +102,22 @@ def _voxels(h, f): # header, file at its voxels -> (k,j,i) array
 
 def read_metaimage(
     path:Path, # .mhd or .mha
-    kind:type=Volume, # Volume, CTVolume or MaskVolume: what the voxels are
-) -> Volume: # of that kind; HU are int16 where exact, else float32, labels the smallest unsigned type
+    kind:type=Volume, # as in `from_file_order`
+) -> Volume: # of that kind
     "The 3-D volume of a MetaImage file"
-    path = Path(path)
-    try:
-        with open(path, 'rb') as f:
-            h = metaimage_header(f)
-            A, data = _affine(h), _open_data(path, f, h)
-            try: a = _voxels(h, data)
-            finally: data.close()
-    except OSError as e: raise VolumeFileError(f'the file cannot be opened: {e.strerror}', 'NO_FILE') from e
-    a = as_labels(a) if issubclass(kind, MaskVolume) else as_hu_type(a)
-    if issubclass(kind, CTVolume): a = _as_hu(a)
-    return kind(a, Geometry(a.shape, A[:,[2,1,0,3]]))
+    with open_volume_file(path) as f:
+        h = metaimage_header(f)
+        A, data = _affine(h), _open_data(Path(path), f, h)
+        try: a = _voxels(h, data)
+        finally: data.close()
+    return from_file_order(a.T, A, kind)
 
 def metaimage_geometry(
     path:Path, # .mhd or .mha
 ) -> Geometry: # of its voxels, which are not read
     "Where a MetaImage file says its voxels are"
-    try:
-        with open(path, 'rb') as f: h = metaimage_header(f)
-    except OSError as e: raise VolumeFileError(f'the file cannot be opened: {e.strerror}', 'NO_FILE') from e
-    return Geometry(_shape(h)[::-1], _affine(h)[:,[2,1,0,3]])
-
-def _as_hu(a): # refused where no chest has such values; padding becomes OUTSIDE
-    real = a[a >= -1100] if np.isfinite(a).all() else a[:0]
-    air, tissue = ((real < -200).mean(), (real > -200).mean()) if real.size else (0, 0)
-    if air < .001 or tissue < .01:
-        raise VolumeFileError(f'the values cannot be HU of a chest: {air:.2%} lie below -200 HU (0.1 % needed), '
-                              f'{tissue:.2%} above (1 % needed)', 'NOT_HU', 'convert the scan again')
-    return np.maximum(a, a.dtype.type(OUTSIDE))
+    with open_volume_file(path) as f: h = metaimage_header(f)
+    return grid_of_file(_shape(h), _affine(h))
 
 # %% ../../nbs/11c_io.metaimage.ipynb #42641f61
 def _words(v, dtype, name, packed): # -> bytes of the header
