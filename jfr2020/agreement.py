@@ -151,8 +151,8 @@ def _mean_squares(x): # of rows, columns, rest; rounding is no variance
 
 def _icc_value(x, kind): # nan where patients do not differ
     (n, k), (r, c, e) = x.shape, _mean_squares(x)
-    if r == e == 0: return float('nan')
-    return (r-e)/(r + (k-1)*e + (k/n*(c-e) if kind == 'A' else 0))
+    total = r + (k-1)*e + (k/n*(c-e) if kind == 'A' else 0)
+    return (r-e)/total if total and (r or e) else float('nan')
 
 def _icc_ends(x, kind, level): # McGraw and Wong, tables 7 and 8
     from scipy.stats import f
@@ -341,6 +341,7 @@ def _concordance(t, p): # nan where no pair differs
     total, tied, tied_p = len(t)*(len(t)-1)/2, pairs(t), pairs(p)
     if total == tied: return float('nan')
     if total == tied_p: return .5
+    if len(t) == 2: return float((t[1] > t[0]) == (p[1] > p[0])) # too few for scipy
     tau = kendalltau(t, p, method='asymptotic').statistic
     more = np.rint(tau*math.sqrt((total-tied)*(total-tied_p))) # pairs in order less pairs out of order
     return .5 + more/(2*(total-tied))

@@ -261,7 +261,8 @@ def evaluation_text(
     elsewhere = lambda k: k.endswith(tuple(SCHEMES)) or k.startswith('difference_sqrt')
     names = {k: v for k,v in every.items() if not elsewhere(k)}
     how = sorted({v.how for v in every.values() if v.how})
-    kappa = [f'  {s:14}' + ''.join(f'{_value(k[w]):13.3f}' for w in ('same', *WEIGHTS)) for s,k in e.kappas.items()]
+    cell = lambda v: f'{"—":>13}' if v.value is None else f'{v.value:13.3f}'
+    kappa = [f'  {s:14}' + ''.join(map(cell, k.values())) for s,k in e.kappas.items()]
     zero = [f'  {t:10.1f}' + (f'  {k}' if e.paired.key == 'series_uid' else '') for k,t in e.false_zeros[:20]]
     if e.false_zeros[20:]: zero.append(f'  and {len(e.false_zeros)-20} lower ones')
     level = f'{100*e.measures["icc_a"].level:g} %'
