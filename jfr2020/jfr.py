@@ -23,7 +23,6 @@ from .intensity import *
 from .calcium import *
 from .categories import *
 from .clicks import *
-from .clicks import _challenge
 from .cases import *
 from .collection import *
 
@@ -132,31 +131,17 @@ def _jfr_class(doc, label_key): # -> class or None
     found = {read.get(str(v).strip()) for v in values if isinstance(v, (str,int)) and not isinstance(v, bool)}-{None}
     return found.pop() if len(found) == 1 else None
 
-def _jfr_clicks(doc): # -> tuple of clicks of a localised document
-    digits = [k for k in doc if k.isdigit()]
-    if len(digits) != 1 or not isinstance(doc[digits[0]], list):
-        raise ConfigError(f'{len(doc)} keys need one of digits with slices among them, found {len(digits)} of digits')
-    clicks = _challenge(doc[digits[0]])
-    odd = [c for c in clicks if c.at[0] != int(c.at[0]) or c.at[0] < 0]
-    if odd: raise ConfigError(f'a slice number is a whole number from 0, got {odd[0].at[0]:g}')
-    return tuple(clicks)
-
 def read_jfr_labels(
     path:Path, # .json of an exam
     label_key:str=None, # key of the class; the only value that reads as one when absent
 ) -> JFRLabels:
     "Class and clicks of an exam"
-    try:
-        size = Path(path).stat().st_size
-        if size > CLICKS_BYTES: raise ConfigError(f'the JSON has {size} bytes, at most {CLICKS_BYTES} are read')
-        doc = json.loads(Path(path).read_bytes())
-    except OSError as e: raise ConfigError(f'the JSON cannot be read: {e.strerror or type(e).__name__}') from e
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e: raise ConfigError('not JSON') from e
+    doc = clicks_document(path)
     if not isinstance(doc, dict): raise ConfigError(f'an object with keys needed, found {type(doc).__name__}')
     risk, said = _jfr_class(doc, label_key), []
     none = f'no single class 0 to 4 among the {len(doc)} keys; label_key may name it'
     if risk is None: said.append(Finding('CLASS_UNREAD', none))
-    if len(doc) > 2: return JFRLabels(risk, _jfr_clicks(doc), tuple(said))
+    if len(doc) > 2: return JFRLabels(risk, tuple(challenge_clicks(doc)), tuple(said))
     if any(k.isdigit() for k in doc): said.append(Finding('FEW_KEYS', 'two keys or fewer hold the class alone: '
                                                           'the one of digits was not read'))
     return JFRLabels(risk, None, tuple(said))
