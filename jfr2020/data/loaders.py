@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'Loading', 'loading', 'usable_cases', 'check_once', 'class_weights', 'table_cases', 'stored_cases',
-           'synth_cases', 'ListedPatients', 'ct_block', 'CTDataLoaders']
+           'synth_cases', 'ListedPatients', 'CaseField', 'ct_block', 'CTDataLoaders']
 
-# %% ../../nbs/31b_data.loaders.ipynb #5082fa56
+# %% ../../nbs/31b_data.loaders.ipynb #f8fc12b0
 from collections import Counter
 from dataclasses import dataclass, fields
-from operator import attrgetter
 from pathlib import Path
 
 from fastai.data.all import *
@@ -31,7 +30,7 @@ from .cache import *
 from .block import *
 from .show import *
 
-# %% ../../nbs/31b_data.loaders.ipynb #4f05d6ee
+# %% ../../nbs/31b_data.loaders.ipynb #64dc2667
 _WEIGHTS, _INCOMPLETE = (None, 'class'), ('refuse', 'skip')
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def loading(
         raise ConfigError(f'{bad[0]!r:.40} is no setting of the loaders', fix=f'known: {", ".join(known)}')
     return Loading(**how)
 
-# %% ../../nbs/31b_data.loaders.ipynb #ae8b4e7c
+# %% ../../nbs/31b_data.loaders.ipynb #3ec90827
 TARGETS = {'mask': (MaskBlock, 'mask'), 'score': (ScoreBlock, 'score'), 'class': (ScoreClassBlock, 'score'),
            None: (None, None)} # word -> block, field of `Case`
 
@@ -104,7 +103,7 @@ def class_weights(
     count = Counter(kind)
     return [len(kind)/len(count)/count[k] for k in kind]
 
-# %% ../../nbs/31b_data.loaders.ipynb #309460bd
+# %% ../../nbs/31b_data.loaders.ipynb #f61f2f25
 def table_cases(
     df, # DataFrame, one row a scan
     image:str='image', # column of paths, series or functions
@@ -175,7 +174,7 @@ def _write_synth(store, todo, scan, progress):
             w.add(s, volumes, attrs=dict(score=score))
             if progress: progress(k, len(todo), 'synthetic patient made')
 
-# %% ../../nbs/31b_data.loaders.ipynb #2c5dc905
+# %% ../../nbs/31b_data.loaders.ipynb #8cba6054
 def _prepared(cases, tfms, cache, how): # -> cases, the transforms that remain, lines of the report
     if cache is None: return cases, tfms, ()
     first, rest = split_tfms(tfms)
@@ -201,6 +200,14 @@ class ListedPatients:
         "Where the patients of the lists are"
         return tuple(L([k for k,c in enumerate(cases) if c.patient in who]) for who in (self.training, self.validation))
 
+class CaseField(Transform):
+    "`Case` -> one of its fields; unlike a bare function it travels to workers that are spawned"
+    def __init__(self,
+        name:str, # of the field
+    ):
+        super().__init__(); self.field = name
+    def encodes(self, case) -> None: return getattr(case, self.field)
+
 def ct_block(
     target='mask', # of `TARGETS`
     item_tfms=(), # of volumes
@@ -211,9 +218,9 @@ def ct_block(
 ) -> DataBlock: # of lists of `Case`
     "The `DataBlock` of the usual samples"
     block, name = TARGETS[target]
-    blocks, getters = [CTBlock(scale)] + [SpacingBlock]*spacing, [attrgetter('image')] + [noop]*spacing
+    blocks, getters = [CTBlock(scale)] + [SpacingBlock]*spacing, [CaseField('image')]*(1+spacing)
     n_inp = len(blocks)
-    if block: blocks.append(block); getters.append(attrgetter(name))
+    if block: blocks.append(block); getters.append(CaseField(name))
     return DataBlock(blocks=blocks, n_inp=n_inp, getters=getters, splitter=splitter or PatientSplitter(),
                      item_tfms=list(item_tfms), batch_tfms=list(batch_tfms))
 
@@ -231,7 +238,7 @@ def _weights(cases, train, how): # of the training samples, or None
     if how.weights is None: return None
     return class_weights([c.score for c in usable_cases([cases[k] for k in train], 'score')[0]])
 
-# %% ../../nbs/31b_data.loaders.ipynb #278d796a
+# %% ../../nbs/31b_data.loaders.ipynb #1468c8b5
 class CTDataLoaders(DataLoaders):
     "Batches of scans for training and validation"
     report = () # of `ReportLine`: what was left out, and why
