@@ -150,6 +150,21 @@ def test_any_table_comes_back(rows):
             for c in cols: assert back[c].tolist() == table[c].tolist() or np.array_equal(back[c], table[c], equal_nan=True), c
 
 
+def test_stored_lines_are_gone_through_like_those_in_memory(store):
+    stored = H5Store(store)['sub-0'].streamlines('tracto')
+    assert [l.tolist() for l in stored] == [l.tolist() for l in stored.load()] and len(list(stored)) == len(stored) > 1
+
+
+def test_a_writer_that_is_not_at_work_touches_nothing(copied):
+    before = {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()}
+    idle, done = StoreWriter(copied), StoreWriter(copied)
+    with done: pass
+    for w in (idle, done):
+        for act in (lambda: w.add('new', **subject_values(9)), lambda: w.remove('sub-0'), lambda: w.set_lists(training=['sub-0'])):
+            assert code_of(act) == 'CLOSED'
+    assert {p: b for p,b in before.items() if p.read_bytes() != b} == {} and not list(copied.rglob('.part-*'))
+
+
 def test_a_table_may_be_made_when_its_turn_comes(tmp_path):
     with StoreWriter(tmp_path/'s') as w:
         w.add('a', tables=dict(t=lambda: dict(x=[1,2]), o=lambda: (dict(x=[3]), dict(source='made up')), p=(dict(x=[4]), dict(unit='mm'))))

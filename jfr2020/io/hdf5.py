@@ -106,21 +106,22 @@ class StoreWriter:
     def __init__(self,
         folder:Path, # the store; made if missing
         every:float=5., # s, at least, between two writings of the index; it is always written at the end
-    ): self.folder, self.every, self.findings = Path(folder), every, []
+    ): self.folder, self.every, self.findings, self._lock = Path(folder), every, [], None
 
     def __enter__(self):
         _check_free(self.folder)
-        self._lock = lock_folder(self.folder)
-        self._lock.__enter__()
+        lock = lock_folder(self.folder)
+        lock.__enter__()
         try: self._start()
-        except BaseException: self._lock.__exit__(None, None, None); raise
+        except BaseException: lock.__exit__(None, None, None); raise
+        self._lock = lock
         return self
 
     def __exit__(self, kind, error, trace):
         try: self.flush()
         except StoreError:
             if kind is None: raise # else the first error is the one to tell
-        finally: self._lock.__exit__(None, None, None)
+        finally: lock, self._lock = self._lock, None; lock.__exit__(None, None, None)
 
     def _start(self): # take over what an earlier writer left
         f, self._cost, self._last = self.folder, 0., time.monotonic()
@@ -172,7 +173,12 @@ class StoreWriter:
         self._free(subject, overwrite)
         self.commit(write_shard(self.folder, subject, volumes, streamlines, tables, attrs), overwrite)
 
+    def _at_work(self):
+        if self._lock is None:
+            raise StoreError('the writer is not at work', 'CLOSED', 'write inside: with StoreWriter(folder) as w')
+
     def _free(self, subject, overwrite):
+        self._at_work()
         if subject in self._index and not overwrite:
             raise StoreError(f'{subject} is in the store already', 'EXISTS',
                              'replace it by overwrite=True, or --overwrite')
@@ -198,6 +204,7 @@ class StoreWriter:
         subject:str, # who leaves the store, and its lists
     ):
         "Delete a subject's file"
+        self._at_work()
         if subject not in self._index: raise StoreError(f'no {subject!r:.60} in the store', 'NO_SUBJECT')
         if any(subject in v for v in self._lists.values()):
             self.set_lists(**{k: [s for s in v if s != subject] for k,v in self._lists.items()})
@@ -214,6 +221,7 @@ class StoreWriter:
         testing=(), # subjects
     ):
         "Say who trains, validates, tests; nobody does two of these"
+        self._at_work()
         lists = dict(zip(LISTS, map(list, (training, validation, testing))))
         everyone = sorted(s for v in lists.values() for s in v)
         unknown, twice = sorted(set(everyone)-set(self._index)), [a for a,b in zip(everyone, everyone[1:]) if a == b]

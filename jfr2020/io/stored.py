@@ -286,6 +286,8 @@ class StoredStreamlines:
 
     def __len__(self): return len(self.offsets)-1
 
+    def __iter__(self): return (self[i] for i in range(len(self)))
+
     def load(self) -> Streamlines:
         "All lines in memory"
         g = self._group()
