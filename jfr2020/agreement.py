@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_CLASS', 'ONE_VALUE', 'AgreementError', 'Estimate', 'paired_numbers', 'proportion', 'bootstrap', 'icc',
-           'concordance_correlation', 'Confusion', 'confusion', 'score_classes', 'disagreement', 'weighted_kappa',
+           'concordance_correlation', 'Confusion', 'confusion', 'classes_of_scores', 'disagreement', 'weighted_kappa',
            'show_confusion', 'concordance_index', 'somers_d', 'ordinal_auc']
 
 # %% ../nbs/24_agreement.ipynb #3e3d47d0
@@ -270,7 +270,7 @@ def _classes(truth, pred, k): # two (n,) int
         raise AgreementError(f'classes are whole numbers from 0 to {k-1}, got {both.min():g}..{both.max():g}', 'CLASS')
     return a.astype(int), b.astype(int)
 
-def score_classes(
+def classes_of_scores(
     scores, # (n,) Agatston scores
     scheme:str='jfr2020', # name of SCHEMES
 ) -> np.ndarray: # (n,) int

@@ -155,7 +155,7 @@ def _iccs(a, b, level):
     return {f'icc_{k.lower()}{n}': icc(t, k, level) for n,t in tables.items() for k in 'AC'}
 
 def _kappas(a, b, **how): # scheme -> weights -> Estimate
-    cells = {s: (score_classes(a, s), score_classes(b, s), v.labels) for s,v in SCHEMES.items()}
+    cells = {s: (classes_of_scores(a, s), classes_of_scores(b, s), v.labels) for s,v in SCHEMES.items()}
     def stat(rows):
         tables = {s: confusion(x[rows], y[rows], labels) for s,(x,y,labels) in cells.items()}
         return {(s,w): t.kappa(w) for s,t in tables.items() for w in WEIGHTS}
@@ -214,7 +214,7 @@ def evaluate_pairs(
     if s is None: raise ConfigError(f'unknown category scheme {scheme!r}', fix=f'one of {", ".join(SCHEMES)}')
     if not len(paired):
         raise AgreementError('no series has a score in both tables', 'NO_PAIRS', '; '.join(map(str, paired.findings)))
-    ca, cb, level = score_classes(a, scheme), score_classes(b, scheme), how.get('level', .95)
+    ca, cb, level = classes_of_scores(a, scheme), classes_of_scores(b, scheme), how.get('level', .95)
     stat = lambda r: _score_measures(a[r], b[r]) | _class_measures(ca[r], cb[r], b[r], s)
     how = dict(how, groups=paired.patients)
     missed = sorted(((float(t), k) for k,t,p in zip(paired.keys, a, b) if t > 0 and p == 0), reverse=True)

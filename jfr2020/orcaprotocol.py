@@ -89,7 +89,7 @@ def orca_protocol(
     if not done: raise OrcaError('no patient to measure', 'NO_PATIENTS')
     volumes, scores = (np.array([getattr(p, k) for p in done]) for k in ('volume_mm3', 'agatston'))
     level = how.get('level', .95)
-    a, b = (score_classes(s, scheme) for s in scores.T)
+    a, b = (classes_of_scores(s, scheme) for s in scores.T)
     labels = SCHEMES[scheme].labels
     return OrcaProtocol({name: _artery(done, name, **how) for name in ARTERIES}, icc(volumes, 'A', level),
                         icc(scores, 'A', level), weighted_kappa(a, b, len(labels), 'linear', **how),

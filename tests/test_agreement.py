@@ -12,7 +12,7 @@ from scipy import ndimage as ndi
 from scipy import stats
 
 from jfr2020.agreement import (AgreementError, Estimate, bootstrap, concordance_correlation, concordance_index, confusion, disagreement, icc,
-                               ordinal_auc, proportion, score_classes, somers_d, weighted_kappa)
+                               ordinal_auc, proportion, classes_of_scores, somers_d, weighted_kappa)
 from jfr2020.categories import SCHEMES
 from jfr2020.detection import FROC_AT, detection_estimates, froc, froc_estimates, froc_scan, match_lesions, vessel_confusion
 from jfr2020.differences import bland_altman, show_bland_altman
@@ -161,7 +161,7 @@ def test_kappa_is_symmetric_and_at_most_one(pairs):
 def test_classes_at_every_edge_of_every_scheme():
     for name, s in SCHEMES.items():
         edges = np.array([e+d for e in s.edges for d in (-.5, 0, .5) if e+d >= 0])
-        assert score_classes(edges, name).tolist() == [s.index(e) for e in edges]
+        assert classes_of_scores(edges, name).tolist() == [s.index(e) for e in edges]
 
 
 def test_weights_are_checked():
@@ -226,7 +226,7 @@ def test_every_picture_is_drawn(scale, data):
 # what is undefined, and what is refused
 
 @pytest.mark.parametrize('f', [concordance_correlation, concordance_index, somers_d, bland_altman, lambda a, b: icc(np.column_stack([a, b])),
-                               lambda a, b: weighted_kappa(score_classes(a), score_classes(b), 5), lambda a, b: threshold_measures(a, b, 100)])
+                               lambda a, b: weighted_kappa(classes_of_scores(a), classes_of_scores(b), 5), lambda a, b: threshold_measures(a, b, 100)])
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_no_measure_takes_what_is_no_number(f, bad):
     with pytest.raises((AgreementError, ConfigError)): f([1., 2., bad], [1., 2., 3.])
@@ -315,14 +315,14 @@ def test_the_measures_are_those_of_pandas_and_scipy(tmp_path):
     assert m['mean_difference'] == pytest.approx(np.abs(a-b).mean()) and m['median_difference'] == pytest.approx(np.median(np.abs(a-b)))
     assert m['icc_a_log1p'] == pytest.approx(icc(np.column_stack([np.log1p(a), np.log1p(b)])).value)
     for name, s in SCHEMES.items():
-        x, y = score_classes(a, name), score_classes(b, name)
+        x, y = classes_of_scores(a, name), classes_of_scores(b, name)
         assert e.kappas[name]['linear'].value == pytest.approx(weighted_kappa(x, y, len(s.labels), draws=0).value)
         assert e.kappas[name]['same'].value == pytest.approx(np.mean(x == y))
     for t in (100, 300, 400):
         tp, fp, fn = ((a >= t) & (b >= t)).sum(), ((a < t) & (b >= t)).sum(), ((a >= t) & (b < t)).sum()
         assert e.thresholds[t]['f1'].value == pytest.approx(2*tp/(2*tp+fp+fn))
     assert evaluate_json(e)['schema'] == EVALUATE_SCHEMA
-    assert pd.DataFrame(e.classes.counts).equals(pd.DataFrame(pd.crosstab(pd.Categorical(score_classes(a), range(5)), pd.Categorical(score_classes(b), range(5)), dropna=False).values))
+    assert pd.DataFrame(e.classes.counts).equals(pd.DataFrame(pd.crosstab(pd.Categorical(classes_of_scores(a), range(5)), pd.Categorical(classes_of_scores(b), range(5)), dropna=False).values))
 
 
 def test_the_same_tables_give_the_same_evaluation(tmp_path):
@@ -335,7 +335,7 @@ def test_the_same_tables_give_the_same_evaluation(tmp_path):
 
 @pytest.mark.data
 def test_the_published_scores_of_deepcac(tmp_path):
-    "Paired scores that its authors published: figures that were measured once, by hand"
+    "Paired scores that its authors published (stats/Results_NLST.csv of their code): figures computed by other code before"
     import os
     where = os.environ.get('DEEPCAC_NLST_CSV')
     if not where: pytest.skip('DEEPCAC_NLST_CSV does not name a copy of the published Results_NLST.csv')
@@ -350,6 +350,9 @@ def test_the_published_scores_of_deepcac(tmp_path):
     assert (b.bias.value, b.low.value, b.high.value) == pytest.approx((-136.2, -1023.6, 751.2), abs=.06)
     known = dict(rumberger=(.692, .611, .763, .862), deepcac=(.720, .618, .755, .857), ai_cac=(.735, .642, .760, .855), utrecht_ldct=(.778, .692, .793, .875))
     for s, figures in known.items(): assert [v.value for v in e.kappas[s].values()] == pytest.approx(figures, abs=6e-4)
+    above = {t: [e.thresholds[t][k].value for k in ('sensitivity', 'specificity', 'f1')] for t in (0, 100, 300, 400)}
+    assert above[0][:2] == pytest.approx([.917, .621], abs=6e-4)
+    for t, figures in {100: (.914, .941, .919), 300: (.798, .971, .856), 400: (.777, .993, .865)}.items(): assert above[t] == pytest.approx(figures, abs=6e-4)
 
 
 # lesions
