@@ -17,6 +17,7 @@ from .view import *
 # %% ../nbs/49_trainconfig.ipynb #0ace0d66
 _Share = Annotated[float, Between(0, 1)]
 _Count, _Many = Annotated[int, Between(1, 10**6)], Annotated[int, Between(0, 10**6)]
+_Batches = _Count | Annotated[float, Between(1e-6, 1)]
 _Sizes, _Spacing = tuple[(Annotated[int, Between(1, 4096)],)*3], tuple[(Annotated[float, Between(.05, 50)],)*3]
 
 def _together(*pairs): # (does it go wrong, why, what to do)
@@ -82,7 +83,7 @@ _Schedules = Literal['constant','one_cycle','cosine','restarts','multistep','del
 class ModelSettings(Settings):
     "The network and what it minimises"
     architecture:str = 'unet3d' # name in the registry of architectures
-    arguments:dict = field(default_factory=dict) # of the architecture, as in {"width": 16}
+    arguments:dict = field(default_factory=dict) # of the architecture, as in {"widths": [16, 32]}
     activation:Literal['relu','swish','mish'] = None # none: the architecture's own
     self_attention:bool = None # simple self-attention where the architecture offers it; none: its own choice
     loss:_Losses = None # none: the usual one of the target
@@ -90,12 +91,18 @@ class ModelSettings(Settings):
 
     def all_arguments(self) -> dict: # for `create_model`
         "Arguments of the architecture, with the options that were said"
-        said = {k: v for k in ('activation', 'self_attention') if (v := getattr(self, k)) is not None}
+        said = {k: v for k,v in dict(act=self.activation, attention=self.self_attention).items() if v is not None}
         if twice := sorted(said.keys() & self.arguments.keys()):
             raise ConfigError(f'{twice[0]} is said twice, as an option and among the arguments', fix='say it once')
         return {**self.arguments, **said}
 
-    def _check(self): self.all_arguments()
+    def whole_loss(self) -> dict: # for `make_loss`, or None
+        "The loss with its arguments; None for the usual one of the target"
+        return None if self.loss is None else dict(self.loss_arguments, name=self.loss)
+
+    def _check(self):
+        self.all_arguments()
+        _together((self.loss_arguments and not self.loss, 'loss_arguments without a loss', 'name the loss too'))
 
 @dataclass(frozen=True)
 class OptSettings(Settings):
@@ -144,11 +151,12 @@ class TrainSettings(Settings):
     early_stop:_Count = None # epochs without a better monitored value before the end; none never stops early
     monitor:str = 'valid_loss' # what best and early_stop look at: valid_loss or a metric
     precision:Literal['fp32','fp16','bf16'] = 'fp32' # of the forward pass; fp16 and bf16 are mixed precision
-    limit_train_batches:_Count = None # at most so many training batches an epoch
-    limit_val_batches:_Count = None # at most so many validation batches an epoch
+    limit_train_batches:_Batches = None # at most so many training batches an epoch, or a share of them: 0.1
+    limit_val_batches:_Batches = None # the same for validation
     fast_dev_run:bool = False # one batch of training and validation, one epoch, no log: does all of it run?
     gpus:Annotated[int, Between(0, 1024)] = None # how many GPUs; 0 the CPU, none one where there is one
     distributed_backend:Literal['ddp'] = None # ddp: a process for each device
+    not_finite:Literal['stop','skip','back'] = 'stop' # at a loss or gradient that is no number: end, pass over, go back
     checkpoint_every:_Many = 0 # training batches between checkpoints; 0 only after each epoch
 
     def _check(self):
