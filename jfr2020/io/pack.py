@@ -17,7 +17,6 @@ from ..config import *
 from .nifti import *
 from .tractogram import *
 from .shard import *
-from .shard import _OURS as SET_BY_STORE
 from .hdf5 import *
 from .untrusted import *
 from .layout import *
