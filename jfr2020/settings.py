@@ -297,7 +297,7 @@ def _said(cls, words): # of the command line -> (Setting, text), in order
         while not eq and words and not words[0].startswith('--') and (many or not values): values.append(words.pop(0))
         if not values and bool not in _parts(s.kind):
             raise ConfigError(f'{option}: {_need(s.kind)} needed, found nothing')
-        out.append((s, ' '.join(values) or ('true' if not eq else '')))
+        out.append((s, ' '.join(values) if values else 'true'))
     return out
 
 def trace_settings(
@@ -339,9 +339,9 @@ def save_settings(
 class _Collect(argparse.Action):
     "Keep the words as they came"
     def __call__(self, parser, namespace, values, option_string=None):
-        values = [] if values is None else values if isinstance(values, list) else [values]
-        said = [option_string, *values] if self.nargs else [f'{option_string}={values[0]}']
-        namespace.words = [*(namespace.words or []), *said]
+        values = values if isinstance(values, list) else [values]
+        said = option_string if values == [None] else f'{option_string}={" ".join(values)}'
+        namespace.words = [*(namespace.words or []), said]
 
 def _shown(v): # a default, as one would write it
     if isinstance(v, tuple): return ' '.join(map(_shown, v)) or 'empty'
