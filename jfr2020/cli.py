@@ -83,7 +83,8 @@ def _score_line(e):
     return f"{uid}  {e['agatston']:9.1f} {e['category']['label']:8} {e['cac_drs']}"
 
 def _score_lines(entries, out, also):
-    where = [f'for each one scored, in its folder of series/: {", ".join(OUTPUTS[k][1] for k in also)}'] if also else []
+    files = ', '.join(OUTPUTS[k][1] for k in also) if any(not e['refusal'] for e in entries) else ''
+    where = [f'for each one scored, in its folder of series/: {files}'] if files else []
     return '\n'.join([*map(_score_line, entries), f'{len(entries)} series, results in {out}', *where, NOTICE['en']])
 
 def _run_series(
@@ -107,7 +108,7 @@ def _series_entry(e):
                 warnings=[vars(o) for o in e.series.findings] if e.series else [])
 
 def _series_lines(r): # a row of the table, readable on 80 columns
-    said = lambda k,v: k not in ('uid', 'verdict', 'cause') and v not in (None, '') and v == v # no nan
+    said = lambda k,v: k not in ('uid', 'verdict', 'cause') and v not in (None, '', (None,)*3) and v == v # no nan
     known = {k: v for k,v in r.items() if said(k, v)}
     return f"{r['uid'] or 'no series'}\n  {r['verdict']}" + (f": {r['cause']}" if r['cause'] else '') + \
            '\n  ' + ', '.join(f'{k} {v}' for k,v in known.items())

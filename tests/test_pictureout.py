@@ -88,6 +88,14 @@ def test_two_runs_give_the_same_bytes_whatever_the_process(written, patient, tmp
     assert list(one) == list(two) and [k for k in one if one[k] != two[k]] == []
 
 
+def test_only_what_is_there_is_named(written, tmp_path):
+    run = jfr('score', tmp_path/'gone', '-o', tmp_path/'o', *FLAGS)
+    assert run.returncode == 4 and 'seg.dcm' not in run.stdout
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): run_command(['series', str(written[1])])
+    assert 'Modality is SEG' in out.getvalue() and '(None, None, None)' not in out.getvalue()
+
+
 def test_a_segmentation_says_who_drew_it(written, patient, tmp_path):
     how = lambda out: {str(s.SegmentAlgorithmType) for p in out.rglob('seg.dcm') for s in read_dataset(p).SegmentSequence}
     mask = next(written[1].rglob('mask.nii.gz'))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +160,9 @@ def test_a_writer_that_is_not_at_work_touches_nothing(copied):
     before = {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()}
     idle, done = StoreWriter(copied), StoreWriter(copied)
     with done: pass
+    acts = (lambda w: w.add('new', **subject_values(9)), lambda w: w.remove('sub-0'), lambda w: w.set_lists(training=['sub-0']))
     for w in (idle, done):
-        for act in (lambda: w.add('new', **subject_values(9)), lambda: w.remove('sub-0'), lambda: w.set_lists(training=['sub-0'])):
-            assert code_of(act) == 'CLOSED'
+        for act in acts: assert code_of(partial(act, w)) == 'CLOSED'
     assert {p: b for p,b in before.items() if p.read_bytes() != b} == {} and not list(copied.rglob('.part-*'))
 
 
