@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ..errors import *
 from ..config import *
-from ..config import _sync_folder
 from .shard import *
 from .stored import *
 
@@ -193,7 +192,7 @@ class StoreWriter:
             self._free(w.subject, overwrite)
             if final.exists() or self._changes.path.exists(): self._changes.add(final.name, do='replace')
             os.replace(w.part, final)
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
         except OSError as e: raise disk_error(e, final) from e
         finally: w.part.unlink(missing_ok=True)
         self._index[w.subject], self._dirty = w.entry, True
@@ -210,7 +209,7 @@ class StoreWriter:
             self.set_lists(**{k: [s for s in v if s != subject] for k,v in self._lists.items()})
         final = self.folder/'subjects'/self._index[subject]['file']
         self._changes.add(final.name, do='remove')
-        final.unlink(missing_ok=True); _sync_folder(final.parent)
+        final.unlink(missing_ok=True); sync_folder(final.parent)
         del self._index[subject]
         self._dirty = True
         self.flush()
@@ -244,7 +243,7 @@ class StoreWriter:
         if not self._dirty: return
         start = time.monotonic()
         write_index(self.folder, self._index, self._lists, self._left_out)
-        if self._changes.path.exists(): self._changes.path.unlink(); _sync_folder(self.folder)
+        if self._changes.path.exists(): self._changes.path.unlink(); sync_folder(self.folder)
         self._dirty, self._last = False, time.monotonic()
         self._cost = self._last-start
 

@@ -13,7 +13,6 @@ import numpy as np
 from ..errors import *
 from ..geometry import *
 from ..streamlines import *
-from ..streamlines import _line_numbers
 from .shard import *
 
 # %% ../../nbs/12b_io.stored.ipynb #c51ece8a
@@ -296,9 +295,9 @@ class StoredStreamlines:
 
     def __getitem__(self, key): # line number -> (n,3) points; slice, line numbers or (S,) mask -> Streamlines
         if isinstance(key, (int, np.integer)) and not isinstance(key, (bool, np.bool_)):
-            i = _line_numbers(np.array([key]), len(self))
+            i = line_numbers(np.array([key]), len(self))
             return self._points(read_rows(self._rows('points'), self.offsets[i], self.offsets[i+1]))
-        ids = np.arange(len(self))[key] if isinstance(key, slice) else _line_numbers(np.asarray(key), len(self))
+        ids = np.arange(len(self))[key] if isinstance(key, slice) else line_numbers(np.asarray(key), len(self))
         starts,stops = self.offsets[ids], self.offsets[ids+1]
         own = np.concatenate([[0], np.cumsum(stops-starts)])
         per_line = {k[9:]: read_rows(self._rows(k), ids, ids+1) for k in self._data('per_line')}
