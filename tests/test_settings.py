@@ -253,6 +253,7 @@ def learner(folder, seed=0, **kwargs):
 
 
 def quiet(learn):
+    for cb in [cb for cb in learn.cbs if type(cb).__name__ == 'ProgressCallback']: learn.remove_cb(cb)
     learn.logger = lambda *a: None
     return learn
 
@@ -299,7 +300,7 @@ def test_a_lowered_rate_is_not_told_on_stdout(tmp_path, capsys):
     from jfr2020.fitting import fit_config, make_opt_func
     cfg = CalciumConfig().changed(schedule='plateau', max_epochs=4, lr=1e-9, wait=1)
     learn = quiet(learner(tmp_path, opt_func=make_opt_func(cfg.opt)))
-    with learn.no_bar(): fit_config(learn, cfg.changed(lr=5.)) # too high: it does not get better
+    fit_config(learn, cfg.changed(lr=1e-10, weight_decay=0., momentum=0., seed=1)) # too low: it does not get better
     out = capsys.readouterr()
     assert out.out == '' and 'reducing lr' in out.err
     assert isinstance(ConfigError('x'), JfrError) and io # the kinds a caller catches
