@@ -7,8 +7,8 @@ __all__ = ['QUIET_COMET', 'LOG_CSV', 'LOG_LINES', 'Tracker', 'CometTracker', 'Te
            'MlflowTracker', 'shareable', 'read_rows', 'RunLog', 'read_log', 'plot_log', 'LogAnswer', 'logs_options',
            'run_logs']
 
-# %% ../nbs/51a_runlog.ipynb #a3ad211d
-import argparse, csv, io, json, math, os, time, warnings
+# %% ../nbs/51a_runlog.ipynb #78942fea
+import argparse, csv, inspect, io, json, math, os, time, warnings
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path, PurePath
 
@@ -19,7 +19,7 @@ from .errors import *
 from .config import *
 from .callbacks import *
 
-# %% ../nbs/51a_runlog.ipynb #04b356ad
+# %% ../nbs/51a_runlog.ipynb #3da13b95
 class Tracker:
     "Shows the numbers of a run somewhere; made with `run` for a run object that exists"
     run = None # what the other end calls a run, an experiment or a writer
@@ -47,7 +47,7 @@ QUIET_COMET = dict.fromkeys((
     'log_code', 'log_graph', 'log_git_metadata', 'log_git_patch', 'log_env_details', 'log_env_host', 'log_env_gpu',
     'log_env_cpu', 'log_env_network', 'log_env_disk', 'parse_args', 'auto_param_logging', 'auto_metric_logging',
     'auto_output_logging', 'auto_histogram_weight_logging', 'auto_histogram_gradient_logging',
-    'auto_histogram_activation_logging', 'auto_histogram_tensorboard_logging', 'auto_log_co2', 'display_summary'),
+    'auto_histogram_activation_logging', 'auto_histogram_tensorboard_logging', 'auto_log_co2', 'display_summary_level'),
     False)
 
 class CometTracker(Tracker):
@@ -68,7 +68,10 @@ class CometTracker(Tracker):
         where = {} if self.folder is None else dict(offline_directory=str(make_folder(self.folder)))
         kind = ('Existing' if key else '') + ('Offline' if where else '') + 'Experiment'
         who = dict(previous_experiment=key) if key else dict(project_name=self.project, workspace=self.workspace)
-        return getattr(comet, kind)(**who, **where, **QUIET_COMET)
+        kind = getattr(comet, kind)
+        known = inspect.signature(kind.__init__).parameters # an existing experiment has fewer options
+        quiet = {k: v for k,v in QUIET_COMET.items() if k in known or k == 'log_env_details'}
+        return kind(**who, **where, **quiet)
     def _log(self, metrics, step): self.run.log_metrics(metrics, step=step)
     def _close(self): self.run.end()
 
@@ -133,7 +136,7 @@ class MlflowTracker(Tracker):
         for k,v in metrics.items(): self.run.log_metric(self.key, k, v, step=step)
     def _close(self): self.run.set_terminated(self.key)
 
-# %% ../nbs/51a_runlog.ipynb #a53285e5
+# %% ../nbs/51a_runlog.ipynb #e6f9c803
 def shareable(
     config, # dataclass or dict, nested
     above:str='', # name of what it is part of
@@ -147,7 +150,7 @@ def shareable(
         else: out[f'{above}{k}'] = v if isinstance(v, (bool,int,float,str)) else str(v)
     return out
 
-# %% ../nbs/51a_runlog.ipynb #f5a8575e
+# %% ../nbs/51a_runlog.ipynb #acd8c028
 LOG_CSV, LOG_LINES = 'log.csv', 'log.jsonl' # names in the folder of a run
 
 def _number(v): # as JSON can say it
@@ -261,7 +264,7 @@ class RunLog(FitCallback):
     def after_fit(self):
         for t in [*self.live]: self._tell(t, t.close)
 
-# %% ../nbs/51a_runlog.ipynb #6ba784d3
+# %% ../nbs/51a_runlog.ipynb #a3285318
 def read_log(
     folder:Path, # of a run
     kind:str='epoch', # rows of epochs, or of a 'step'
