@@ -108,8 +108,10 @@ class Geometry:
         tol:float=1e-3, # mm, at the grid's corners
     ) -> bool:
         "Is `other` the same grid: same shape, corners within `tol`"
+        if other is self: return True
+        if self.shape != other.shape: return False
         corners = np.array(np.meshgrid(*[(0,n-1) for n in self.shape])).reshape(3,-1).T
-        return self.shape == other.shape and bool(np.abs(self.to_world(corners)-other.to_world(corners)).max() <= tol)
+        return bool(np.abs(self.to_world(corners)-other.to_world(corners)).max() <= tol)
 
     def __repr__(self):
         d,h,w = self.spacing

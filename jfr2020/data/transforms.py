@@ -9,6 +9,7 @@ __all__ = ['resample', 'put_on', 'scan_of', 'VolumeTransform', 'GridTransform', 
 
 # %% ../../nbs/30_data.transforms.ipynb #a1025581
 import math, random
+from weakref import WeakKeyDictionary
 import numpy as np, torch
 
 from fasttransform import Transform
@@ -166,6 +167,13 @@ class CropHeart(GridTransform):
         start, stop = np.maximum(np.array(box.start)-more, 0), np.minimum(np.array(box.stop)+more, ct.shape)
         return ct.geometry.sliced(start, (1,1,1), stop-start)
 
+_LABELLED = WeakKeyDictionary() # mask that cannot change -> where it is labelled
+
+def _labelled(m): # flat indices; read-only masks (those of a store) are searched once
+    if m.data.flags.writeable: return np.flatnonzero(m.data)
+    if m not in _LABELLED: _LABELLED[m] = np.flatnonzero(m.data)
+    return _LABELLED[m]
+
 class RandomCrop(GridTransform):
     "A cube about a random voxel, or about a random voxel of the mask; the middle outside of training"
     def __init__(self,
@@ -184,7 +192,7 @@ class RandomCrop(GridTransform):
     def _lesion(self, ct, sample): # index (D,H,W) of a random labelled voxel on the grid of `ct`
         masks = [o for o in sample if isinstance(o, MaskVolume)]
         if not masks or random.random() >= self.positive: return None
-        flat = np.flatnonzero(masks[0].data)
+        flat = _labelled(masks[0])
         if len(flat) == 0: return None
         at = np.unravel_index(flat[random.randrange(len(flat))], masks[0].shape)
         return np.round(ct.geometry.to_index(masks[0].geometry.to_world([at]))[0]).astype(int)
