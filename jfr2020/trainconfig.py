@@ -40,7 +40,7 @@ class DataSettings(Settings):
     shape:_Sizes = None # voxels (D,H,W) that scans are cropped or padded to; none as they come
     patch:_Sizes | None = (16,64,64) # voxels (D,H,W) of the piece that one training sample is; none the whole
     positive:_Share = .5 # probability that a patch holds a lesion, where there is one
-    grey:Literal[(*WINDOWS, 'histogram')] = 'mediastinum' # how HU become grey: a window, or fitted to the training set
+    grey:Literal[(*WINDOWS,)] | None = 'mediastinum' # window that makes grey of HU; none feeds HU
     bs:Annotated[int, Between(1, 4096)] = 2 # samples in a batch
     weights:Literal['class'] = None # draw rare classes of score more often in training
     num_workers:Annotated[int, Between(0, 256)] = 0 # processes that load; 0 this one
