@@ -6,7 +6,7 @@
 __all__ = ['TrainingError', 'all_finite', 'GuardFinite', 'ClipGradient', 'Accumulate', 'AverageWeights', 'LimitBatches',
            'FastDevRun']
 
-# %% ../nbs/51b_steps.ipynb #8077df2c
+# %% ../nbs/51b_steps.ipynb #58d82b11
 import math
 from contextlib import suppress
 from itertools import islice
@@ -17,7 +17,7 @@ from fastai.callback.all import *
 from .errors import *
 from .callbacks import *
 
-# %% ../nbs/51b_steps.ipynb #328609cd
+# %% ../nbs/51b_steps.ipynb #1190509d
 class TrainingError(JfrError):
     "A training that cannot go on"
     code = 'TRAINING'
@@ -92,7 +92,7 @@ class GuardFinite(FitCallback):
         self.learn.yb = () # so that it does not count in the record
         raise CancelBatchException
 
-# %% ../nbs/51b_steps.ipynb #8038e810
+# %% ../nbs/51b_steps.ipynb #f45a83b6
 class ClipGradient(FitCallback):
     "Shortens the gradient to a largest norm"
     order, run_valid = MixedPrecision.order+1, False
@@ -194,7 +194,7 @@ class AverageWeights(FitCallback):
         mean, now = state['mean'] or {}, self._weights()
         self.mean = {k: v.to(now[k].device).clone() for k,v in mean.items()} or None
 
-# %% ../nbs/51b_steps.ipynb #55a127e3
+# %% ../nbs/51b_steps.ipynb #e2ae2a0f
 class _First: # the first batches of a loader
     def __init__(self, whole, n): self.whole, self.n = whole, n
     def __len__(self): return self.n
