@@ -222,8 +222,23 @@ def _run_store(
     progress = Progress()
     answer = run_store(a, progress)
     progress.close()
-    _out(json.dumps(dict(schema=f'jfr2020.store-{a.what}/1', **answer.data)) if a.json else answer.text)
+    return _answered(a, answer, dict(schema=f'jfr2020.store-{a.what}/1', **answer.data))
+
+def _answered(a, answer, data): # say it, and count what was refused
+    _out(json.dumps(data) if a.json else answer.text)
     return DONE if not answer.refused else SOME_REFUSED if answer.refused < answer.total else ALL_REFUSED
+
+def _run_evaluate(
+    a, # parsed arguments
+) -> int: # exit code
+    "`jfr2020 evaluate`: how well one table of scores agrees with another"
+    from jfr2020.evaluatecmd import run_evaluate
+    answer = run_evaluate(a)
+    return _answered(a, answer, answer.data)
+
+def _evaluate_options(p):
+    from jfr2020.evaluatecmd import evaluate_options
+    evaluate_options(p)
 
 def _store_options(p):
     from jfr2020.storecmd import store_options
@@ -236,6 +251,7 @@ def _no_options(p): pass
 COMMANDS = dict(score=(_run_score, _score_options, True), series=(_run_series, _series_options, True),
                 demo=(_run_demo, _demo_options, False), synth=(_run_synth, _synth_options, False),
                 store=(_run_store, _store_options, False),
+                evaluate=(_run_evaluate, _evaluate_options, True),
                 info=(_run_info, _no_options, True)) # name -> (run, options, has --json)
 
 def make_parser() -> argparse.ArgumentParser:
@@ -256,8 +272,9 @@ WHOSE = {**dict.fromkeys(('DISK', 'MISSING_EXTRA', 'BUSY'), ENVIRONMENT), **dict
 
 def _refused(a, e): return CaseResult('', plain_text(' '.join(a.inputs)), refusal=e)
 
-def _store_refusal(a, e):
-    return dict(schema=f'jfr2020.store-{a.what}/1', refusal=dict(code=e.code, cause=e.cause, fix=e.fix))
+def _refusal(a, e): # of a command that has one answer
+    name = f'store-{a.what}' if a.command == 'store' else a.command
+    return dict(schema=f'jfr2020.{name}/1', refusal=dict(code=e.code, cause=e.cause, fix=e.fix))
 
 def run_command(
     argv=None, # list of words; those of the process when absent
@@ -269,7 +286,7 @@ def run_command(
     except JfrError as e:
         say(e)
         if a.command == 'score' and a.json: _out(json.dumps(scores_json([case_json(_refused(a, e))])))
-        if a.command == 'store' and a.json: _out(json.dumps(_store_refusal(a, e)))
+        if a.command in ('store', 'evaluate') and a.json: _out(json.dumps(_refusal(a, e)))
         return WHOSE.get(e.code, ALL_REFUSED)
     except KeyboardInterrupt:
         say('stopped; run the same command again to go on')
