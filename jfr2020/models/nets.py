@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'NORMS', 'conv_unit', 'VoxelAttention', 'halvings', 'pad_to', 'UNet3d', 'neighbour_slices', 'UNet25d',
            'shape_walk', 'receptive_field']
 
-# %% ../../nbs/42_models.nets.ipynb #563772ec
+# %% ../../nbs/42_models.nets.ipynb #c5603fa4
 import math
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..errors import *
 from ..losses import *
 from .base import *
 
-# %% ../../nbs/42_models.nets.ipynb #732a3944
+# %% ../../nbs/42_models.nets.ipynb #a5059d00
 ACTIVATIONS = dict(relu=nn.ReLU, swish=nn.SiLU, mish=nn.Mish)
 NORMS = dict(instance=lambda n: nn.InstanceNorm3d(n, affine=True), batch=nn.BatchNorm3d,
              group=lambda n: nn.GroupNorm(math.gcd(8, n), n), none=lambda n: nn.Identity())
@@ -56,7 +56,7 @@ class VoxelAttention(nn.Module):
         seen = F.scaled_dot_product_attention(q, k, v)
         return x + self.weight*seen.transpose(1, 2).reshape(x.shape)
 
-# %% ../../nbs/42_models.nets.ipynb #ddbfbbcc
+# %% ../../nbs/42_models.nets.ipynb #399a067b
 def halvings(
     spacing=(3.,.7,.7), # mm, (D,H,W)
     levels:int=3, # how often
@@ -81,7 +81,7 @@ def pad_to(
     more = [b-a for a,b in zip(x.shape[2:], size)]
     return F.pad(x, (0,more[2],0,more[1],0,more[0]), mode='replicate') if any(more) else x
 
-# %% ../../nbs/42_models.nets.ipynb #8fc0c93a
+# %% ../../nbs/42_models.nets.ipynb #f8ee7ddb
 class _Core(nn.Module): # levels of two units; down, up, out
     def __init__(self, n_in, classes, widths, steps, kernel, norm, act, attention, dropout):
         super().__init__()
@@ -138,7 +138,7 @@ class UNet3d(Model):
         self.core = _Core(self.channels, classes, widths, steps, (3,3,3), norm, act, attention, dropout)
     def forward(self, x): return self.core(_scan(x, self.channels))
 
-# %% ../../nbs/42_models.nets.ipynb #1bbbaf00
+# %% ../../nbs/42_models.nets.ipynb #c79f7bc5
 def neighbour_slices(
     x, # (B,C,D,H,W)
     n:int=1, # neighbours on each side
@@ -174,7 +174,7 @@ class UNet25d(Model):
         y = self.core(x.transpose(1, 2).flatten(0, 1)[:,:,None]) # (B*D,C',1,H,W)
         return y[:,:,0].unflatten(0, (b,d)).transpose(1, 2)
 
-# %% ../../nbs/42_models.nets.ipynb #3952eab1
+# %% ../../nbs/42_models.nets.ipynb #d407f73d
 def shape_walk(
     model:nn.Module, # any network
     shape=(1,1,16,64,64), # of the input
@@ -199,7 +199,7 @@ def shape_walk(
         model.train(was)
     return rows
 
-# %% ../../nbs/42_models.nets.ipynb #6074b586
+# %% ../../nbs/42_models.nets.ipynb #6945e17a
 def receptive_field(
     model:Model, # a U-Net of this page
     shape=(48,192,192), # voxels, (D,H,W), of the scan that is tried: larger than what is expected
