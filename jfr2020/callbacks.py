@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT', 'KEPT', 'LAST', 'PREVIOUS', 'BEST', 'plain_state', 'wri
            'put_chance', 'learner_state', 'check_weights', 'put_weights', 'FitCallback', 'SaveState', 'newest_state',
            'ResumeState', 'Monitor', 'best_weights', 'SaveBest', 'StopEarly']
 
-# %% ../nbs/51_callbacks.ipynb #658d251d
+# %% ../nbs/51_callbacks.ipynb #89091b49
 import hashlib, io, math, os, random, warnings
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastai.callback.all import *
 from .errors import *
 from .config import *
 
-# %% ../nbs/51_callbacks.ipynb #5e77b414
+# %% ../nbs/51_callbacks.ipynb #fb960fb6
 CHECKPOINT = b'jfr2020.checkpoint/1\n' # how a checkpoint starts; then 64 hex digits and a line end
 
 def plain_state(
@@ -71,7 +71,7 @@ def read_checkpoint(
     except Exception as e:
         raise StoreError(f'{path.name} holds more than tensors and numbers', 'UNSAFE_CHECKPOINT', 'distrust it') from e
 
-# %% ../nbs/51_callbacks.ipynb #8d913c0f
+# %% ../nbs/51_callbacks.ipynb #c472890b
 def chance_state(
     learn:Learner, # with its loaders
 ) -> dict: # of tensors and numbers
@@ -145,7 +145,7 @@ def learner_state(
                 scaler=scaler.state_dict() if scaler else {}, chance=chance_state(learn), start=start,
                 record=_record_state(learn.recorder), callbacks={n: _remembered(cb) for n,cb in _named(learn)})
 
-# %% ../nbs/51_callbacks.ipynb #b353df14
+# %% ../nbs/51_callbacks.ipynb #bff95409
 def check_weights(
     model:nn.Module, # as it is now
     weights:dict, # name -> tensor, as read
@@ -178,7 +178,7 @@ def put_weights(
     check_weights(model, weights)
     get_model(model).load_state_dict(weights)
 
-# %% ../nbs/51_callbacks.ipynb #d3790997
+# %% ../nbs/51_callbacks.ipynb #84f462d7
 class FitCallback(Callback):
     "Acts while a `Learner` fits; not while it validates, predicts or looks for a learning rate"
     idle, keeps_files = False, False
@@ -187,7 +187,7 @@ class FitCallback(Callback):
         if not self.idle: return super().__call__(event_name)
         if event_name == 'after_fit': self.idle = False
 
-# %% ../nbs/51_callbacks.ipynb #f7e94ec9
+# %% ../nbs/51_callbacks.ipynb #60fe8c6f
 LAST, PREVIOUS, BEST = 'last.ckpt', 'previous.ckpt', 'best.ckpt' # names of checkpoints in the folder of a run
 
 class SaveState(FitCallback):
@@ -225,7 +225,7 @@ def newest_state(
     if bad: raise StoreError('; '.join(e.cause for e in bad), bad[0].code, 'no checkpoint of this run can be read')
     return None, []
 
-# %% ../nbs/51_callbacks.ipynb #c3cf38f4
+# %% ../nbs/51_callbacks.ipynb #2451f49f
 class ResumeState(FitCallback):
     "Goes on with the run in `folder`, from the last state that can be read"
     order, keeps_files = 99, True
@@ -301,7 +301,7 @@ class ResumeState(FitCallback):
         for k in ('_with_events', 'all_batches'): vars(self.learn).pop(k, None)
         self.held = None
 
-# %% ../nbs/51_callbacks.ipynb #1d68beab
+# %% ../nbs/51_callbacks.ipynb #397db624
 def _lower(name): return any(w in name.lower() for w in ('loss','error','mae','mse','rmse','distance'))
 
 class Monitor(FitCallback):
