@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USUAL', 'target_of', 'preprocessing_of', 'check_batches', 'ct_learner', 'save_trained']
 
-# %% ../nbs/52_learner.ipynb #341d6dac
+# %% ../nbs/52_learner.ipynb #59ddc9c2
 from pathlib import Path
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from .models.base import *
 from .models.nets import *
 from .metrics import *
 
-# %% ../nbs/52_learner.ipynb #8658de72
+# %% ../nbs/52_learner.ipynb #9d13cc60
 def target_of(
     dls, # DataLoaders of volumes
 ) -> str: # 'mask', 'score' or 'class'
@@ -63,7 +63,7 @@ def check_batches(
             raise ConfigError(f'{dl.n} samples make no batch of {dl.bs} to {name} on', 'NO_BATCH',
                               'choose a smaller bs, or more patients')
 
-# %% ../nbs/52_learner.ipynb #4a2ffde8
+# %% ../nbs/52_learner.ipynb #816deeda
 def _as_model(model, loss, arguments): # name, Model or nn.Module -> Model
     if isinstance(model, str): return create_model(model, **{'loss': loss, **arguments})
     if arguments: raise ConfigError(f'arguments {", ".join(arguments)} go with the name of an architecture')
