@@ -44,9 +44,12 @@ def _rows_of(path): # (rows as dicts, are they separated by semicolons)
     except OSError as e: raise AgreementError(f'{Path(path).name}: cannot be read: {e.strerror}', 'UNREADABLE') from e
     except UnicodeDecodeError: raise AgreementError(f'{Path(path).name}: is no text in UTF-8', 'UNREADABLE') from None
     semi = bool(lines) and ';' in lines[0] and ',' not in lines[0]
-    try: rows = list(csv.DictReader(lines, delimiter=';' if semi else ',', restval=''))
+    try: head, *rows = list(csv.reader(lines, delimiter=';' if semi else ',')) or [[]]
     except csv.Error as e: raise AgreementError(f'{Path(path).name}: is no table: {e}', 'UNREADABLE') from e
-    return [{(k or '').strip(): v for k,v in r.items() if isinstance(v, str)} for r in rows], semi
+    head = [h.strip() for h in head]
+    if twice := {h for h in head if h and head.count(h) > 1}:
+        raise AgreementError(f'{Path(path).name}: two columns are named {sorted(twice)[0]}', 'TWICE')
+    return [dict.fromkeys(head, '') | dict(zip(head, r)) for r in rows if any(r)], semi
 
 def read_score_table(
     path:Path, # a CSV with a heading
@@ -155,10 +158,11 @@ def _iccs(a, b, level):
     return {f'icc_{k.lower()}{n}': icc(t, k, level) for n,t in tables.items() for k in 'AC'}
 
 def _kappas(a, b, **how): # scheme -> weights -> Estimate
-    cells = {s: (classes_of_scores(a, s), classes_of_scores(b, s), v.labels) for s,v in SCHEMES.items()}
+    cells = {s: (classes_of_scores(a, s), classes_of_scores(b, s), len(v.labels)) for s,v in SCHEMES.items()}
+    weights = {s: np.array([disagreement(k, w) for w in WEIGHTS]) for s,(_,_,k) in cells.items()}
     def stat(rows):
-        tables = {s: confusion(x[rows], y[rows], labels) for s,(x,y,labels) in cells.items()}
-        return {(s,w): t.kappa(w) for s,t in tables.items() for w in WEIGHTS}
+        count = lambda x, y, k: np.bincount(x[rows]*k+y[rows], minlength=k*k).reshape(k, k)
+        return {(s,w): v for s,c in cells.items() for w,v in zip(WEIGHTS, kappas_of_table(count(*c), weights[s]))}
     got = bootstrap(stat, len(a), why=dict.fromkeys([(s,w) for s in SCHEMES for w in WEIGHTS], ONE_CLASS), **how)
     def same(a, b): return proportion(int(np.sum(a == b)), len(a), how.get('level', .95))
     return {s: dict(same=same(x, y)) | {w: got[s,w] for w in WEIGHTS} for s,(x,y,_) in cells.items()}

@@ -186,6 +186,15 @@ def test_concordance_equals_the_count_of_pairs(pairs):
     if c is not None and len(np.unique(p)) > 1: assert d == pytest.approx(stats.somersd(t, p).statistic)
 
 
+@pytest.mark.parametrize('n', [40, 200])
+def test_concordance_of_many_distinct_references_equals_the_count_of_pairs(n):
+    rng = np.random.default_rng(n)
+    t, p = rng.normal(size=n).round(1), rng.normal(size=n).round(1)
+    t[:35] = np.arange(35) # more than are counted in a table
+    assert concordance_index(t, p, draws=0).value == pytest.approx(by_pairs(t, p))
+    assert concordance_index(t, t*0, draws=0).value == .5 and concordance_index(t, t, draws=0).value == 1
+
+
 def test_order_equals_scikit_learn():
     metrics = pytest.importorskip('sklearn.metrics')
     rng = np.random.default_rng(0)
@@ -275,7 +284,7 @@ def test_what_excel_writes_is_read(tmp_path):
 
 
 @pytest.mark.parametrize('raw', [b'', b'\n\n', b'\xff\xfe\x00', b'series_uid,agatston\n1,0x10\n', b'series_uid,agatston\n1,1e999\n', b'series_uid,agatston\n1,nan\n',
-                                 b'series_uid,agatston\n1,-0.5\n', b'agatston\n5\n', b'series_uid\n5\n', b'series_uid,agatston\n"1,5\n', b'series_uid,agatston\n1,5,9,9\n'])
+                                 b'series_uid,agatston\n1,-0.5\n', b'agatston\n5\n', b'series_uid\n5\n', b'series_uid,agatston\n"1,5\n', b'series_uid,agatston\n'+b'1'*200000+b',5\n', b'series_uid,agatston,agatston\n1,5,6\n', b'series_uid,agatston\n1\n', b'series_uid,agatston\n1,5,9,9\n'])
 def test_strange_tables_are_refused_or_read_but_never_a_traceback(raw, tmp_path):
     (tmp_path/'x.csv').write_bytes(raw)
     good = table(tmp_path/'g.csv', ['1,5'], 'series_uid,agatston')
