@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUIET_COMET', 'LOG_CSV', 'LOG_LINES', 'Tracker', 'CometTracker', 'TensorBoardTracker', 'WandbTracker',
-           'MlflowTracker', 'shareable', 'read_rows', 'RunLog', 'read_log', 'plot_log', 'LogAnswer', 'logs_options',
+           'MlflowTracker', 'shareable', 'read_log_rows', 'RunLog', 'read_log', 'plot_log', 'LogAnswer', 'logs_options',
            'run_logs']
 
-# %% ../nbs/51a_runlog.ipynb #78942fea
+# %% ../nbs/51a_runlog.ipynb #bc9fc9eb
 import argparse, csv, inspect, io, json, math, os, time, warnings
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path, PurePath
@@ -19,7 +19,7 @@ from .errors import *
 from .config import *
 from .callbacks import *
 
-# %% ../nbs/51a_runlog.ipynb #3da13b95
+# %% ../nbs/51a_runlog.ipynb #debf331f
 class Tracker:
     "Shows the numbers of a run somewhere; made with `run` for a run object that exists"
     run = None # what the other end calls a run, an experiment or a writer
@@ -136,7 +136,7 @@ class MlflowTracker(Tracker):
         for k,v in metrics.items(): self.run.log_metric(self.key, k, v, step=step)
     def _close(self): self.run.set_terminated(self.key)
 
-# %% ../nbs/51a_runlog.ipynb #e6f9c803
+# %% ../nbs/51a_runlog.ipynb #64101a1b
 def shareable(
     config, # dataclass or dict, nested
     above:str='', # name of what it is part of
@@ -150,14 +150,14 @@ def shareable(
         else: out[f'{above}{k}'] = v if isinstance(v, (bool,int,float,str)) else str(v)
     return out
 
-# %% ../nbs/51a_runlog.ipynb #acd8c028
+# %% ../nbs/51a_runlog.ipynb #fd58f07d
 LOG_CSV, LOG_LINES = 'log.csv', 'log.jsonl' # names in the folder of a run
 
 def _number(v): # as JSON can say it
     v = getattr(v, 'item', lambda: v)()
     return str(v) if isinstance(v, float) and not math.isfinite(v) else v
 
-def read_rows(
+def read_log_rows(
     folder:Path, # of a run
 ) -> list: # of dict
     "All whole rows of a log; a line torn by a power cut is left out"
@@ -212,7 +212,7 @@ class RunLog(FitCallback):
         self.began = time.monotonic()
         if self.rows is None and not rank_distrib(): self._open()
     def _open(self): # when it is known whether the run was resumed
-        old, resumes = read_rows(self.folder), any(isinstance(cb, ResumeState) for cb in self.learn.cbs)
+        old, resumes = read_log_rows(self.folder), any(isinstance(cb, ResumeState) for cb in self.learn.cbs)
         if old and not resumes:
             raise ConfigError(f'there is a log of {len(old)} rows in this folder', 'LOG_EXISTS',
                               'go on with the run by ResumeState, or choose another folder')
@@ -264,14 +264,14 @@ class RunLog(FitCallback):
     def after_fit(self):
         for t in [*self.live]: self._tell(t, t.close)
 
-# %% ../nbs/51a_runlog.ipynb #a3285318
+# %% ../nbs/51a_runlog.ipynb #e61e74ec
 def read_log(
     folder:Path, # of a run
     kind:str='epoch', # rows of epochs, or of a 'step'
 ): # pandas DataFrame, a column for each value
     "The log of a run as a table"
     import pandas as pd
-    rows = [r for r in read_rows(folder) if r['row'] == kind]
+    rows = [r for r in read_log_rows(folder) if r['row'] == kind]
     if not rows: raise StoreError(f'{Path(folder).name}: there is no log of a run', 'NO_LOG', 'choose another folder')
     t = pd.DataFrame(rows, columns=_columns(rows)).drop(columns='row')
     return t.apply(lambda c: pd.to_numeric(c, errors='coerce')) # 'inf' and 'nan' too

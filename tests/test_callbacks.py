@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from fastai.basics import Callback, DataLoaders, Learner, OptimWrapper, SGD, nn, partial, ranger, set_seed
 from fastai.callback.all import EarlyStoppingCallback, MixedPrecision, ReduceLROnPlateau
 
-from jfr2020.callbacks import (LAST, PREVIOUS, SaveBest, SaveState, ResumeState, StopEarly, newest_state, read_checkpoint,
+from jfr2020.callbacks import (LAST_CKPT, PREVIOUS_CKPT, SaveBest, SaveState, ResumeState, StopEarly, newest_state, read_checkpoint,
                                write_checkpoint)
 from jfr2020.data.block import VolumeDL
 from jfr2020.errors import JfrError, StoreError
-from jfr2020.runlog import RunLog, read_log, read_rows
+from jfr2020.runlog import RunLog, read_log, read_log_rows
 from jfr2020.steps import Accumulate, AverageWeights, ClipGradient, GuardFinite, LimitBatches, all_finite
 
 pytestmark = [pytest.mark.filterwarnings('ignore')]
@@ -147,7 +147,7 @@ def test_validation_and_lr_find_write_nothing(tmp_path):
         learn.validate(); learn.get_preds()
     assert not (tmp_path/'run').exists()
     fit(learn, n=1)
-    assert (tmp_path/'run'/LAST).exists()
+    assert (tmp_path/'run'/LAST_CKPT).exists()
 
 
 # ---- kill -9
@@ -172,7 +172,7 @@ def test_killed_while_saving_something_whole_remains(tmp_path):
         pid = os.fork()
         if pid == 0:
             try:
-                for i in range(seen+1, 10**6): write_checkpoint(tmp_path/LAST, dict(epoch=i, step=0, w=big+i), tmp_path/PREVIOUS)
+                for i in range(seen+1, 10**6): write_checkpoint(tmp_path/LAST_CKPT, dict(epoch=i, step=0, w=big+i), tmp_path/PREVIOUS_CKPT)
             finally: os._exit(1)
         time.sleep(.05+.1*rng.random())
         os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
@@ -206,7 +206,7 @@ def test_killed_runs_end_as_the_one_that_was_not(tmp_path):
     '''.format(steps=steps)
     p = subprocess.run(script(tmp_path/'run', body), capture_output=True, timeout=120)
     assert p.returncode == 0, p.stderr.decode()[-500:]
-    assert read_checkpoint(tmp_path/'run'/LAST)['train_iter'] == (steps[-1]-1)//2*2
+    assert read_checkpoint(tmp_path/'run'/LAST_CKPT)['train_iter'] == (steps[-1]-1)//2*2
     last = fit(toy(77), SaveState(tmp_path/'run', steps=2), ResumeState(tmp_path/'run'), RunLog(tmp_path/'run'))
     assert_same(never, last)
     a, b = read_log(tmp_path/'never'), read_log(tmp_path/'run')
@@ -218,27 +218,27 @@ def test_killed_runs_end_as_the_one_that_was_not(tmp_path):
 @pytest.mark.parametrize('where', [.001, .02, .3, .9])
 def test_every_turned_bit_is_found(where, tmp_path):
     fit(toy(), SaveState(tmp_path), n=2)
-    raw = bytearray((tmp_path/LAST).read_bytes())
+    raw = bytearray((tmp_path/LAST_CKPT).read_bytes())
     raw[int(where*len(raw))] ^= 4
-    (tmp_path/LAST).write_bytes(raw)
-    with pytest.raises(StoreError): read_checkpoint(tmp_path/LAST)
+    (tmp_path/LAST_CKPT).write_bytes(raw)
+    with pytest.raises(StoreError): read_checkpoint(tmp_path/LAST_CKPT)
     state, said = newest_state(tmp_path)
     assert state['epoch'] == 1 and 'going on from previous.ckpt' in said[0].text
-    (tmp_path/PREVIOUS).write_bytes(raw)
+    (tmp_path/PREVIOUS_CKPT).write_bytes(raw)
     with pytest.raises(StoreError, match='no checkpoint of this run can be read'): newest_state(tmp_path)
 
 
 @pytest.mark.parametrize('size', [0, 1, 10, 60, 100, 3000])
 def test_a_torn_file_is_found(size, tmp_path):
     fit(toy(), SaveState(tmp_path), n=1)
-    (tmp_path/LAST).write_bytes((tmp_path/LAST).read_bytes()[:size])
-    with pytest.raises(StoreError, match='DAMAGED'): read_checkpoint(tmp_path/LAST)
+    (tmp_path/LAST_CKPT).write_bytes((tmp_path/LAST_CKPT).read_bytes()[:size])
+    with pytest.raises(StoreError, match='DAMAGED'): read_checkpoint(tmp_path/LAST_CKPT)
 
 
 def test_resumed_from_the_previous_ends_the_same(tmp_path):
     never = fit(toy())
     stopped(toy(), 15, SaveState(tmp_path, steps=3))
-    (tmp_path/LAST).write_bytes(b'')
+    (tmp_path/LAST_CKPT).write_bytes(b'')
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter('always')
         assert_same(never, fit(toy(4), SaveState(tmp_path), ResumeState(tmp_path)))
@@ -285,15 +285,15 @@ def test_half_precision_words_do_no_harm_without_a_gpu(tmp_path):
     assert_same(never, fit(toy(4), *kit(), ResumeState(tmp_path)))
 
 
-def test_accumulated_steps_equal_large_batches_at_every_length():
-    for n in (12, 13, 16, 23):
-        def make(bs):
-            set_seed(0)
-            x = torch.linspace(0, 1, n)[:, None]
-            dls = DataLoaders(VolumeDL([(a, 2*a) for a in x], bs=bs, num_workers=0), VolumeDL([(a, a) for a in x], bs=bs, num_workers=0), device='cpu')
-            return Learner(dls, nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), F.mse_loss, opt_func=SGD)
-        a, b = fit(make(12), n=2, one_cycle=False), fit(make(4), Accumulate(3), n=2, one_cycle=False)
-        for p, q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q)
+@pytest.mark.parametrize('n', [12, 13, 16, 23])
+def test_accumulated_steps_equal_large_batches_at_every_length(n):
+    def make(bs):
+        set_seed(0)
+        x = torch.linspace(0, 1, n)[:, None]
+        dls = DataLoaders(*(VolumeDL([(a, 2*a) for a in x], bs=bs, num_workers=0) for _ in range(2)), device='cpu')
+        return Learner(dls, nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), F.mse_loss, opt_func=SGD)
+    a, b = fit(make(12), n=2, one_cycle=False), fit(make(4), Accumulate(3), n=2, one_cycle=False)
+    for p, q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q)
 
 
 def test_best_and_early_survive_any_stop(tmp_path):
@@ -304,7 +304,7 @@ def test_best_and_early_survive_any_stop(tmp_path):
         stopped(toy(), at, *kit(folder), n=12)
         again = fit(toy(1), *kit(folder), n=12)
         assert_same(never, again)
-        assert [r['epoch'] for r in read_rows(folder)] == list(range(len(never.recorder.values)))
+        assert [r['epoch'] for r in read_log_rows(folder)] == list(range(len(never.recorder.values)))
 
 
 # ---- Comet, for real, offline

@@ -20,12 +20,12 @@ def killed(work, wait=None): # fork, run `work`, kill it after `wait` seconds un
 def saves(n, rng):
     "Kill -9 of a process that saves without pause: last or previous is whole, and never older than what was there before"
     import torch
-    from jfr2020.callbacks import LAST, PREVIOUS, newest_state, write_checkpoint
+    from jfr2020.callbacks import LAST_CKPT, PREVIOUS_CKPT, newest_state, write_checkpoint
     wrong, seen, big, half = [], 0, torch.randn(200_000), 0
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)
         def work():
-            for i in range(seen+1, 10**7): write_checkpoint(folder/LAST, dict(epoch=i, step=0, w=big+i), folder/PREVIOUS)
+            for i in range(seen+1, 10**7): write_checkpoint(folder/LAST_CKPT, dict(epoch=i, step=0, w=big+i), folder/PREVIOUS_CKPT)
         for k in range(n):
             killed(work, .03+.1*rng.random())
             half += any(p.name.startswith('.part-') for p in folder.iterdir())
@@ -40,7 +40,7 @@ def saves(n, rng):
 
 def runs(n, rng):
     "Trainings killed once to three times at random steps, resumed by the same command: equal to the one that was not, bit for bit"
-    from test_callbacks import ResumeState, RunLog, SaveState, assert_same, fit, read_rows, toy
+    from test_callbacks import ResumeState, RunLog, SaveState, assert_same, fit, read_log_rows, toy
     from fastai.basics import Callback
     class Kill(Callback):
         order = 95
@@ -60,7 +60,7 @@ def runs(n, rng):
             folder = Path(d)/f'{k}'
             try: assert_same(never, fit(toy(), SaveState(folder), ResumeState(folder), RunLog(folder)))
             except AssertionError: wrong.append(f'run {k}: killed at {steps}, is another')
-            if [r['epoch'] for r in read_rows(folder)] != [0, 1, 2, 3]: wrong.append(f'run {k}: the log has not every epoch once')
+            if [r['epoch'] for r in read_log_rows(folder)] != [0, 1, 2, 3]: wrong.append(f'run {k}: the log has not every epoch once')
     return ('trainings killed and resumed', n, f'{kills} kills; weights, optimiser, losses, rates and logs compared'), wrong
 
 
