@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'ScoreHead', 'ScoreNet', 'AttentionNet']
 
-# %% ../../nbs/42a_models.score.ipynb #799e70dc
+# %% ../../nbs/42a_models.score.ipynb #27dc6e8e
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +16,7 @@ from ..losses import *
 from .base import *
 from .nets import *
 
-# %% ../../nbs/42a_models.score.ipynb #260a1d1a
+# %% ../../nbs/42a_models.score.ipynb #715721b9
 HEADS = dict(score='score', **{'class': 'ordinal', 'both': 'score_and_class'}) # head -> loss
 
 class ScoreHead(nn.Module):
@@ -53,12 +53,13 @@ def _with_spacing(features, spacing, used): # (B,n), (B,3) mm -> (B,n+3)
                             'add SpacingBlock to the DataBlock, n_inp=2')
     return torch.cat([features, bare(spacing).to(features.dtype).log()], 1)
 
-def _input(x, channels):
+def _input(x, channels, levels): # checked; a narrow scan is continued, so that two columns are left at the end
     if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
         raise GeometryError(f'the network needs (B,{channels},D,H,W), got {tuple(x.shape)}')
-    return bare(x)
+    least = 2**(levels-1)+1
+    return F.pad(bare(x), (0,max(least-x.shape[4], 0),0,0,0,0), mode='replicate')
 
-# %% ../../nbs/42a_models.score.ipynb #90b4113b
+# %% ../../nbs/42a_models.score.ipynb #b55bdefa
 class _Residual(nn.Module):
     def __init__(self, a, b, stride, norm, act):
         super().__init__()
@@ -79,26 +80,24 @@ class ScoreNet(Model):
         use_spacing:bool=False, # the spacing is a second input
         norm:str='group', # of `NORMS`; instance norm would take away how bright a scan is
         act:str='relu', # of `ACTIVATIONS`
-        dropout:float=0., # share of features dropped before the head
         scheme:str='jfr2020', # of `SCHEMES`
         loss=None, # as `Model` has it; follows from the head when absent
     ):
         super().__init__(_loss_of(head, scheme, loss))
         if not 2 <= len(widths) <= 8 or not all(type(w) is int and 1 <= w <= 2048 for w in widths):
             raise ConfigError(f'2 to 8 whole widths of 1..2048 needed, got {str(widths)[:60]}')
-        self.channels, self.use_spacing = int(channels), bool(use_spacing)
+        self.channels, self.use_spacing, self.levels = channels, bool(use_spacing), len(widths)
         ways = zip(widths, widths[1:], halvings(spacing, len(widths)-1))
         self.stem = conv_unit(self.channels, widths[0], norm=norm, act=act)
         self.body = nn.Sequential(*(_Residual(a, b, s, norm, act) for a,b,s in ways))
-        self.dropout = nn.Dropout(dropout)
         self.head = ScoreHead(2*widths[-1]+3*self.use_spacing, head, scheme)
 
     def forward(self, x, spacing=None):
-        x = self.body(self.stem(_input(x, self.channels))).flatten(2)
+        x = self.body(self.stem(_input(x, self.channels, self.levels))).flatten(2)
         pooled = torch.cat([x.mean(2), x.amax(2)], 1)
-        return self.head(_with_spacing(self.dropout(pooled), spacing, self.use_spacing))
+        return self.head(_with_spacing(pooled, spacing, self.use_spacing))
 
-# %% ../../nbs/42a_models.score.ipynb #d220af1f
+# %% ../../nbs/42a_models.score.ipynb #f8491a5d
 @register_model('attentionnet')
 class AttentionNet(Model):
     "Log score and classes of a scan, slice by slice, (B,C,D,H,W) [, (B,3) mm] -> (B,1), (B,K-1) or (B,K)"
@@ -116,7 +115,8 @@ class AttentionNet(Model):
         super().__init__(_loss_of(head, scheme, loss))
         if not 2 <= len(widths) <= 8 or not all(type(w) is int and 1 <= w <= 2048 for w in widths):
             raise ConfigError(f'2 to 8 whole widths of 1..2048 needed, got {str(widths)[:60]}')
-        self.channels, self.use_spacing, n = int(channels), bool(use_spacing), 2*widths[-1]
+        self.channels, self.use_spacing, self.levels = channels, bool(use_spacing), len(widths)
+        n = 2*widths[-1]
         units = [conv_unit(a, b, (1,3,3), (1,1,1) if i == 0 else (1,2,2), norm, act)
                  for i,(a,b) in enumerate(zip((self.channels, *widths), widths))]
         self.slices, self.dropout = nn.Sequential(*units), nn.Dropout(dropout)
@@ -127,7 +127,7 @@ class AttentionNet(Model):
         x, # (B,C,D,H,W)
     ): # (B,D,n), (B,D) weights that add up to 1
         "What each slice says, and how much it counts"
-        x = _input(x, self.channels)
+        x = _input(x, self.channels, self.levels)
         y = self.slices(x.transpose(1, 2).flatten(0, 1)[:,:,None]).flatten(2)
         f = torch.cat([y.mean(2), y.amax(2)], 1).unflatten(0, (len(x), x.shape[2]))
         return f, self.vote(self.look(f).tanh()*self.gate(f).sigmoid())[...,0].softmax(1)
