@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'bare', 'SampleLoss', 'MaskLoss', 'MaskTverskyLoss', 'MaskD
            'CandidateLoss', 'LogScoreLoss', 'OrdinalLoss', 'class_chances', 'score_classes', 'ScoreAndClassLoss',
            'nearest_word', 'make_loss']
 
-# %% ../nbs/40_losses.ipynb #8c30f53d
+# %% ../nbs/40_losses.ipynb #1967d5c8
 import difflib, math
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from .categories import *
 from .data.transforms import *
 from .data.batch import *
 
-# %% ../nbs/40_losses.ipynb #79ec0938
+# %% ../nbs/40_losses.ipynb #f413b6f9
 def bare(
     t, # tensor of any type
 ): # plain tensor of the same memory; half precision becomes float32
@@ -59,7 +59,7 @@ class SampleLoss:
         said = ', '.join(f'{k}={v}' for k,v in vars(self).items() if k[0] != '_')
         return f'{type(self).__name__}({said})'
 
-# %% ../nbs/40_losses.ipynb #05aac0b3
+# %% ../nbs/40_losses.ipynb #08509cc2
 def _labels(pred, y): # -> (B,K,N), (B,N) checked
     if pred.ndim < 3 or pred.shape[:1]+pred.shape[2:] != y.shape:
         found = f'{tuple(y.shape)} for {tuple(pred.shape)}'
@@ -113,7 +113,7 @@ class MaskDiceLoss(MaskTverskyLoss):
         reduction:str='mean', # mean | sum | none
     ): super().__init__(.5, .5, 1., smooth/2, batch, reduction)
 
-# %% ../nbs/40_losses.ipynb #3de88b99
+# %% ../nbs/40_losses.ipynb #e3a5a554
 class MaskFocalLoss(MaskLoss):
     "Focal cross-entropy, mean over the voxels that are asked"
     def __init__(self,
@@ -138,7 +138,7 @@ class MaskFocalLoss(MaskLoss):
             out = out*out.new_tensor(self.weight)[at]
         return torch.where(asked, out, 0.).sum(1)/asked.sum(1).clamp(min=1)
 
-# %% ../nbs/40_losses.ipynb #e54f9573
+# %% ../nbs/40_losses.ipynb #7f499291
 class OnlyCandidates(BatchTransform):
     "Labels of voxels below the threshold become -1, which losses pass over; 0 again when shown"
     split_idx,order,keeps_score = None,19,True
@@ -165,7 +165,7 @@ class CandidateLoss(MaskLoss):
         if candidates is not None: y = y.long().masked_fill(~candidates.bool(), -1)
         return self.share*self.dice.forward(pred, y) + (1-self.share)*self.entropy.forward(pred, y)
 
-# %% ../nbs/40_losses.ipynb #15601d10
+# %% ../nbs/40_losses.ipynb #5448784a
 def _flat(pred, y): # (B,) or (B,1), (B,) -> (B,) both
     if pred.numel() != len(pred) or y.shape != (len(pred),):
         found = f'{tuple(pred.shape)} and {tuple(y.shape)}'
@@ -184,7 +184,7 @@ class LogScoreLoss(SampleLoss):
     def forward(self, pred, y): return F.smooth_l1_loss(*_flat(pred, y), beta=self.beta, reduction='none')
     def decodes(self, out): return out.flatten().clamp(min=0)
 
-# %% ../nbs/40_losses.ipynb #976a3aee
+# %% ../nbs/40_losses.ipynb #86e11e48
 class OrdinalLoss(SampleLoss):
     "Cross-entropy of the K-1 questions 'above class k?'"
     def forward(self, pred, y):
@@ -209,7 +209,7 @@ def class_chances(
     ends = above.new_ones(len(above), 1)
     return torch.cat([ends, above], 1) - torch.cat([above, 0*ends], 1)
 
-# %% ../nbs/40_losses.ipynb #5a5f1d45
+# %% ../nbs/40_losses.ipynb #c07d8e3b
 def score_classes(
     log_score, # (B,) log(1 + Agatston)
     scheme:str='jfr2020', # name of `SCHEMES`
@@ -244,7 +244,7 @@ class ScoreAndClassLoss(SampleLoss):
         return torch.cat([pred[:,:1], self._rank.activation(pred[:,1:])], 1)
     def decodes(self, out): return self._score.decodes(out[:,:1])
 
-# %% ../nbs/40_losses.ipynb #dcc0bf6a
+# %% ../nbs/40_losses.ipynb #2515f781
 LOSSES = dict(dice=MaskDiceLoss, tversky=MaskTverskyLoss, focal=MaskFocalLoss, candidates=CandidateLoss,
               score=LogScoreLoss, ordinal=OrdinalLoss, score_and_class=ScoreAndClassLoss)
 
