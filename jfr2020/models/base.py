@@ -7,7 +7,7 @@ __all__ = ['CUTS', 'MODELS', 'MODULES', 'MODEL_SCHEMA', 'CARD', 'WEIGHTS', 'MAX_
            'MAX_WEIGHT_BYTES', 'Preprocessing', 'plain_json', 'ModelLoss', 'Model', 'register_model', 'register_module',
            'create_model', 'WrappedModel', 'wrap_module', 'architecture_of', 'save_model', 'read_card', 'load_model']
 
-# %% ../../nbs/41_models.base.ipynb #a82efe9f
+# %% ../../nbs/41_models.base.ipynb #d72aa662
 import hashlib, inspect, json, math, os, secrets, shutil, stat
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -28,7 +28,7 @@ from ..data.batch import *
 from ..data.block import *
 from ..losses import *
 
-# %% ../../nbs/41_models.base.ipynb #1e8ed78c
+# %% ../../nbs/41_models.base.ipynb #a5ffc3e6
 CUTS = {'all': (), 'slices': (TrimSlices,), 'heart': (CropHeart,)} # what is cut out before anything else
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def plain_json(
     said = value if isinstance(value, float) else type(value).__name__
     raise ConfigError(f'{where}: a number, text, list or table needed, found {said}', 'NOT_JSON')
 
-# %% ../../nbs/41_models.base.ipynb #7c0e4465
+# %% ../../nbs/41_models.base.ipynb #02225ab9
 class ModelLoss:
     "What `model.compute_loss` is: a function of (pred, *targets) that fastai can ask for more"
     def __init__(self,
@@ -189,7 +189,7 @@ def _bound(cls, args, kwargs): # arguments by name, defaults too; what does not 
     plain = (int, float, str, bool, list, tuple, dict, type(None))
     return {k: deepcopy(v) if isinstance(v, plain) else v for k,v in named.items()}
 
-# %% ../../nbs/41_models.base.ipynb #04d2e22e
+# %% ../../nbs/41_models.base.ipynb #d8932e9c
 MODELS,MODULES = {},{} # name -> class of `Model`; name -> function that makes an nn.Module
 
 def _enter(table, name, thing):
@@ -273,7 +273,7 @@ def wrap_module(
     "Any network as a `Model`"
     return WrappedModel(module, arguments or None, loss)
 
-# %% ../../nbs/41_models.base.ipynb #b43654ee
+# %% ../../nbs/41_models.base.ipynb #e6690e6d
 MODEL_SCHEMA,CARD,WEIGHTS = 'jfr2020.model/1','model.json','weights.safetensors'
 _TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
@@ -347,7 +347,7 @@ def save_model(
         for p in (part, old): shutil.rmtree(p, ignore_errors=True)
     return folder
 
-# %% ../../nbs/41_models.base.ipynb #60776423
+# %% ../../nbs/41_models.base.ipynb #b3c1ac7a
 MAX_CARD_BYTES,MAX_HEADER_BYTES,MAX_WEIGHT_BYTES = 1<<20,16<<20,8<<30
 _CARD_KEYS = dict(schema=str, architecture=str, arguments=dict, preprocessing=(dict, type(None)), weights=dict,
                   facts=dict, intended_use=dict, library=str)
