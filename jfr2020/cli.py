@@ -52,14 +52,18 @@ class Progress:
 def _settings(a):
     from jfr2020.scoring import ScoreSettings
     names = ScoreSettings.__dataclass_fields__
-    return ScoreSettings(**{k: v for k,v in vars(a).items() if k in names})
+    said = {k: v for k,v in vars(a).items() if k in names and k != 'model'}
+    if a.model in ('default', 'none'): return ScoreSettings(**said)
+    settings = ScoreSettings(**said, model=a.model)
+    from jfr2020.models.base import read_card # refused now, not after the first series was read
+    read_card(a.model)
+    return settings
 
 def _run_score(
     a, # parsed arguments
 ) -> int: # exit code
     "`jfr2020 score`: scores, reports and masks of every series"
     from jfr2020.batch import score_batch
-    _not_yet(a)
     progress, also = Progress(), [k for k in OUTPUTS if getattr(a, k)]
     entries = score_batch(a.inputs, a.out, _settings(a), series=a.series, workers=a.workers, resume=a.resume,
                           html=a.html, lang=a.lang, also=also, progress=progress)
@@ -72,9 +76,6 @@ def _say_unwritten(entries):
     n = sum(any(w['code'] == 'NOT_WRITTEN' for w in e['warnings']) for e in entries)
     said = f'jfr2020: NOT_WRITTEN: {n} of {len(entries)} series lack a file asked for; their warnings say why\n'
     if n: sys.stderr.write(said)
-
-def _not_yet(a): # options of the contract that a later version brings
-    if a.model not in ('default', 'none'): raise ConfigError('this version reads no model', fix='use --model none')
 
 def _score_line(e):
     r = e['refusal']
@@ -189,7 +190,8 @@ def _score_options(p):
     inputs = 'DICOM folder (series, study, tree of patients), .zip, multi-frame file, or NIfTI in HU'
     o('inputs', nargs='+', metavar='INPUT', help=inputs)
     o('-o', '--out', metavar='OUT', required=True, help='folder for scores.csv, scores.json, reports and masks')
-    o('--model', default='default', help='default: the embedded model (none yet: rules alone); none: rules alone')
+    model = 'default: the embedded model (none yet: rules alone); none: rules alone; or the folder of a model'
+    o('--model', default='default', help=model)
     o('--region', choices=['heart', 'all'], default='heart', help='the located heart, or the whole volume (phantoms)')
     labels = 'labels 1 LM, 2 LAD, 3 LCX, 4 RCA, else other'
     o('--mask', metavar='FILE', help=f'score this mask (NIfTI, NRRD, DICOM SEG); {labels}')

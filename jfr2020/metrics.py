@@ -108,6 +108,6 @@ class ClassKappa(EpochMetric):
     ): self.weights, self.scheme, self.from_scores = weights, risk_category(0, scheme).scheme, from_scores
     def result(self, parts):
         p, y = _all(parts)
-        if self.from_scores: p, y = (score_classes(np.expm1(o).clip(0).round(3), self.scheme) for o in (p, y))
+        if self.from_scores: p, y = (classes_of_scores(np.expm1(o).clip(0).round(3), self.scheme) for o in (p, y))
         k = len(SCHEMES[self.scheme].labels)
         return _or_nan(weighted_kappa(y.astype(int), p.astype(int), k, self.weights, draws=0))

@@ -44,10 +44,16 @@ class ScoreSettings:
     kvp_table:bool=False # threshold and weights of the tube voltage instead of those for 120 kV
     mask:str=None # path of a mask (NIfTI, NRRD, DICOM SEG): exactly this is scored
     clicks:str=None # path of a JSON of points: a lesion grows from each
+    model:str=None # folder of a model: lesions are what it finds, and the rules of anatomy do not choose
 
     def __post_init__(self):
         if self.region not in ('heart', 'all'): raise ConfigError(f"region is 'heart' or 'all', got {self.region!r}")
-        if self.mask and self.clicks: raise ConfigError('either a mask or clicks, not both')
+        if sum(map(bool, (self.mask, self.clicks, self.model))) > 1:
+            raise ConfigError('either a mask, or clicks, or a model')
+        if self.model and not Path(self.model).is_dir():
+            raise ConfigError(f'{plain_text(Path(self.model).name)} is no folder of a model', fix='check its name')
+        if self.model and self.region == 'all': raise ConfigError('a model looks for lesions in the heart',
+                                                                  fix="use region 'heart'")
         for p in (self.mask, self.clicks):
             if p and not Path(p).is_file():
                 raise ConfigError(f'{plain_text(Path(p).name)} is no file', fix='check its name')
@@ -116,7 +122,8 @@ def find_lesions(
     settings:ScoreSettings, # where to look
     rule:ScoreRule, # brings the threshold
     facts=None, # `SeriesFacts`; None where there are none (NIfTI)
-    clock:Clock=None, # takes the seconds of 'heart'
+    clock:Clock=None, # takes the seconds of 'heart' and 'network'
+    segment=None, # `CTVolume` -> `MaskVolume` on its grid, chosen by a network; rules when absent
 ) -> Found:
     "Where the calcium of `ct` is: as a reader marked it, everywhere, or by anatomy and rules"
     if settings.region == 'all' and not (settings.mask or settings.clicks):
@@ -130,6 +137,8 @@ def find_lesions(
             return replace(marks, findings=marks.findings+(Finding(e.code, e.cause),))
         said = _checked(ct, facts, anatomy, box, refuse=not marks) + anatomy.findings
     if marks: return replace(marks, box=box, findings=marks.findings+said)
+    if segment:
+        with (Clock() if clock is None else clock)('network'): return Found(segment(ct), box, findings=said)
     candidates = find_candidates(ct, anatomy, box, rule)
     return Found(candidates.mask, box, candidates.rejected, said+candidates.findings)
 
@@ -143,14 +152,16 @@ def score_volume(
     settings:ScoreSettings=ScoreSettings(), # how it is scored
     facts=None, # `SeriesFacts`; None where there are none (NIfTI)
     findings=(), # what was remarked while reading
+    segment=None, # a network's choice, `CTVolume` -> `MaskVolume`; its `facts` name it in the result
     **about, # further fields of `CaseResult`: series_uid, input, seconds
 ) -> CaseResult:
     "Score one volume, or say why not"
     rule, clock = settings.rule(getattr(facts, 'kvp', None)), Clock(about.pop('seconds', {}))
-    about = dict(series_uid='', input='', geometry=ct.geometry, facts=facts, ct=ct, settings=_used(rule)) | about
+    about = dict(series_uid='', input='', geometry=ct.geometry, facts=facts, ct=ct, settings=_used(rule),
+                 model=getattr(segment, 'facts', None)) | about
     def done(**more): return CaseResult(**about, **more, seconds=clock.done())
     try:
-        found = find_lesions(ct, settings, rule, facts, clock)
+        found = find_lesions(ct, settings, rule, facts, clock, segment)
         with clock('score'):
             thick, kvp = (getattr(facts, k, None) for k in ('thickness_mm', 'kvp'))
             score = calcium_score(ct, found.mask, rule, thickness_mm=thick, kvp=kvp)
@@ -187,6 +198,7 @@ def score_series(
     entry:SeriesEntry, # ready or refused, from `find_series`
     settings:ScoreSettings=ScoreSettings(), # how it is scored
     findings=(), # of Finding, e.g. why this series was chosen
+    segment=None, # as in `score_volume`
 ) -> CaseResult:
     "Score a DICOM series, or say why not"
     about, clock = dict(series_uid=entry.uid, input=plain_text(entry.input), facts=entry.facts), Clock()
@@ -196,11 +208,12 @@ def score_series(
     except JfrError as e:
         return _unread(about | dict(geometry=entry.series.geometry), settings, clock, e, findings)
     said = (*findings, *entry.series.findings, *pixel_findings(ct, entry.series))
-    return score_volume(ct, settings, findings=said, seconds=clock, **about)
+    return score_volume(ct, settings, findings=said, segment=segment, seconds=clock, **about)
 
 def score_nifti(
     path:Path, # .nii or .nii.gz in HU
     settings:ScoreSettings=ScoreSettings(), # how it is scored
+    segment=None, # as in `score_volume`
 ) -> CaseResult:
     "Score a CT in NIfTI, or say why not"
     about, clock = dict(series_uid='', input=plain_text(path)), Clock()
@@ -208,4 +221,4 @@ def score_nifti(
         with clock('read'): ct = read_nifti_ct(path)
         about['series_uid'] = f'nifti-{content_hash([path])}'
     except JfrError as e: return _unread(about, settings, clock, e)
-    return score_volume(ct, settings, seconds=clock, **about)
+    return score_volume(ct, settings, segment=segment, seconds=clock, **about)
