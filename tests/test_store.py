@@ -187,7 +187,7 @@ def test_attributes_come_back(tmp_path):
 
 
 @pytest.mark.parametrize('attrs', [dict(a=object()), dict(a=[[1],[1,2]]), dict(a='x\0y'), dict(a='\ud800'), dict(a=1j), {'a/b': 1},
-                                   dict(affine=1), dict(sha256='x'), dict(a={})], ids=str)
+                                   dict(affine=1), dict(sha256='x'), dict(a={})], ids='object ragged nul surrogate complex slash affine sha256 dict'.split())
 def test_odd_attributes_are_refused(tmp_path, attrs):
     assert code_of(lambda: write_shard(tmp_path, 's', attrs=attrs)) in ('TYPE', 'NAME')
     assert list((tmp_path/'subjects').iterdir()) == []
