@@ -52,7 +52,7 @@ def test_page_on_real_data(page, monkeypatch, shared_data): run_page(page, monke
 def run_page(page, monkeypatch, skip_flags):
     "Run the cells of a page that are not exported, and compare what they show with what it keeps"
     import pandas as pd
-    pd.reset_option('^display', silent=True) # what an earlier page of this process has set
+    pd.reset_option('^display') # what an earlier page of this process has set
     monkeypatch.chdir(NBS)
     monkeypatch.setenv('IN_TEST', '1')
     module = module_of(page)
