@@ -78,8 +78,9 @@ def _score_axis(axis, scale, top): # ticks of a transformed axis in scores
     axis.set_ticks(SCALES[scale](np.array(some, float)), [str(t) for t in some])
 
 def _factor_axis(axis, reach): # ticks of differences of logarithms as factors
-    some = [f for f in (1, 2, 5, 10, 100, 1000) if math.log(f) <= reach]
-    if len(some) > 4: some = [f for f in some if f in (1, 10, 100, 1000)]
+    fine, coarse = (1, 1.05, 1.1, 1.2, 1.5), (1, 2, 5, 10, 100, 1000)
+    some = [f for f in (fine if reach < math.log(2.5) else coarse) if math.log(f) <= reach]
+    if len(some) > 4: some = [f for f in some if f in (1, 1.2, 1.5, 10, 100, 1000)]
     marks = {math.log(f): f'×{f}' for f in some} | {-math.log(f): f'÷{f}' for f in some if f > 1} | {0.: '='}
     axis.set_ticks(list(marks), list(marks.values()))
 
@@ -87,7 +88,7 @@ def _headline(b): # bias and limits in a line
     def say(e):
         if e.value is None: return 'undefined'
         if b.scale != 'log1p': return f'{e.value:.3g}'
-        return ('×' if e.value >= 0 else '÷')+f'{math.exp(abs(e.value)):.2g}'
+        return ('×' if e.value >= 0 else '÷')+f'{math.exp(abs(e.value)):.3g}'
     return f'n={b.bias.n}, bias {say(b.bias)}, limits {say(b.low)} to {say(b.high)}'
 
 def show_bland_altman(
@@ -97,7 +98,7 @@ def show_bland_altman(
     "Draw differences against means, with bias, limits and their intervals"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.6,3.2), dpi=85, layout='constrained')[1]
-    ax.plot(b.means, b.differences, '.', ms=4, color='tab:blue', alpha=.6, mew=0)
+    ax.plot(b.means, b.differences, '.', ms=6, color='tab:blue', alpha=.6, mew=0)
     for e,colour in ((b.bias,'k'), (b.low,'tab:red'), (b.high,'tab:red')):
         if e.value is None: continue
         ax.axhline(e.value, color=colour, lw=1.2, ls='-' if e is b.bias else '--')

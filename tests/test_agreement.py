@@ -232,6 +232,18 @@ def test_every_picture_is_drawn(scale, data):
     assert low < d.min() and d.max() < high
 
 
+@pytest.mark.parametrize('factor', [1.01, 1.08, 1.3, 1.9, 2.6, 30., 2000.])
+def test_factors_are_marked_on_both_sides_however_small(factor):
+    from matplotlib.figure import Figure
+    ax = Figure().subplots()
+    show_bland_altman(bland_altman([9999.]*2, [1e4*factor-1, 1e4/factor-1], 'log1p'), ax)
+    low, high = ax.get_ylim()
+    marks = {t.get_text(): y for t,y in zip(ax.get_yticklabels(), ax.get_yticks()) if low < y < high}
+    assert marks.pop('=') == 0 and 2 <= sum(m[0] == '×' for m in marks) <= 3
+    assert {'×÷'['÷×'.index(m[0])]+m[1:] for m in marks} == {*marks}
+    assert all(y == pytest.approx(np.log(float(m[1:])) * (1 if m[0] == '×' else -1)) for m,y in marks.items())
+
+
 # what is undefined, and what is refused
 
 @pytest.mark.parametrize('f', [concordance_correlation, concordance_index, somers_d, bland_altman, lambda a, b: icc(np.column_stack([a, b])),
