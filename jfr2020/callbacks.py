@@ -99,7 +99,8 @@ def put_chance(
     torch.set_rng_state(state['torch'])
     if len(state['cuda']) == torch.cuda.device_count() > 0: torch.cuda.set_rng_state_all(state['cuda'])
 
-_KEPT = {TrackerCallback: ('best','wait','new_best'), ParamScheduler: ('hps',), GradientAccumulation: ('count',)}
+_KEPT = {TrackerCallback: ('best','wait','new_best'), ParamScheduler: ('hps',), GradientAccumulation: ('count',),
+         ShowGraphCallback: ('nb_batches',)}
 
 def _named(learn): # callbacks by name, each once
     seen = {}
@@ -250,7 +251,12 @@ class ResumeState(FitCallback):
         check_weights(self.model, s['model'])
         _put_opt(self.opt, s['opt'], next(self.model.parameters()).device)
         put_weights(self.model, s['model'])
+        if self.place[0]: self._start_bar()
         self.learn._with_events = self._pass_over
+
+    def _start_bar(self): # fastai's bar of the epochs has to start at 0, and to show each of those that follow
+        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+        if bar: bar.main_bar.first_its = self.n_epoch; bar.update(0)
 
     def _pass_over(self, f, event_type, ex, final=noop): # in place of the learner's, until the first epoch to run
         learn = self.learn

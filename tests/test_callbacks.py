@@ -1,12 +1,12 @@
 "Runs that are killed, damaged or poisoned: nothing unusable, nothing different, nothing infinite. Tiny models, no volumes."
-import os, random, signal, subprocess, sys, textwrap, time, warnings
+import os, random, signal, subprocess, sys, textwrap, time, types, warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.basics import Callback, DataLoaders, Learner, OptimWrapper, SGD, nn, partial, ranger, set_seed
-from fastai.callback.all import EarlyStoppingCallback, MixedPrecision, ReduceLROnPlateau
+from fastai.callback.all import EarlyStoppingCallback, MixedPrecision, ReduceLROnPlateau, ShowGraphCallback
 
 from jfr2020.callbacks import (LAST_CKPT, PREVIOUS_CKPT, SaveBest, SaveState, ResumeState, StopEarly, newest_state, read_checkpoint,
                                write_checkpoint)
@@ -133,6 +133,33 @@ def test_a_complete_run_is_not_done_again(tmp_path):
     done = fit(toy(), SaveState(tmp_path))
     again = fit(toy(3), SaveState(tmp_path), ResumeState(tmp_path))
     assert_same(done, again)
+
+
+@pytest.mark.parametrize('done', [2, 7])
+def test_a_console_bar_goes_on_with_the_epoch(done, tmp_path, capsys):
+    kit = lambda: (SaveState(tmp_path), ResumeState(tmp_path))
+    toy().fit(done, .02, cbs=kit())
+    for todo in ([done+1, done+2], []): # the second time there is nothing left
+        capsys.readouterr()
+        toy(1).fit(done+2, .02, cbs=kit())
+        said = capsys.readouterr().out
+        assert [k for k in range(1, done+3) if f'Epoch {k}/{done+2} ' in said] == todo
+
+
+@pytest.mark.parametrize('done', [2, 7])
+def test_bars_and_graph_of_a_notebook_go_on_with_the_epoch(done, tmp_path, monkeypatch):
+    import fastai.callback.progress as here, fastprogress.fastprogress as bars
+    monkeypatch.setattr(here, 'master_bar', bars.NBMasterBar)
+    monkeypatch.setattr(here, 'progress_bar', bars.NBProgressBar)
+    shown = []
+    def display(o, display_id=None): shown.append(o); return types.SimpleNamespace(update=shown.append)
+    monkeypatch.setattr('IPython.display.display', display)
+    kit = lambda: (SaveState(tmp_path), ResumeState(tmp_path), ShowGraphCallback())
+    toy().fit(done, .02, cbs=kit())
+    shown.clear()
+    toy(1).fit(done+2, .02, cbs=kit())
+    text = ' '.join(map(str, shown))
+    assert [f'[{k}/{done+2} ' in text for k in range(done+2)] == [True]+[False]*(done-1)+[True, True]
 
 
 def test_other_data_is_refused_inside_an_epoch(tmp_path):
