@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['LOSSES', 'bare', 'SampleLoss', 'MaskLoss', 'MaskTverskyLoss', 'MaskDiceLoss', 'MaskFocalLoss', 'OnlyCandidates',
            'CandidateLoss', 'LogScoreLoss', 'OrdinalLoss', 'class_chances', 'score_classes', 'ScoreAndClassLoss',
-           'nearest_word', 'make_loss']
+           'make_loss']
 
 # %% ../nbs/40_losses.ipynb #1967d5c8
-import difflib, math
+import math
 import torch
 import torch.nn.functional as F
 
 from .errors import *
+from .settings import nearest_word
 from .calcium import *
 from .categories import *
 from .data.transforms import *
@@ -247,15 +248,6 @@ class ScoreAndClassLoss(SampleLoss):
 # %% ../nbs/40_losses.ipynb #2515f781
 LOSSES = dict(dice=MaskDiceLoss, tversky=MaskTverskyLoss, focal=MaskFocalLoss, candidates=CandidateLoss,
               score=LogScoreLoss, ordinal=OrdinalLoss, score_and_class=ScoreAndClassLoss)
-
-def nearest_word(
-    word, # what was written
-    known, # words that would have been right
-) -> str: # 'did you mean ...?', or all of them
-    "The fix of an unknown name"
-    known = [str(k) for k in known]
-    hit = difflib.get_close_matches(str(word)[:60], known, 1, .5)
-    return f'did you mean {hit[0]!r}?' if hit else f'known: {", ".join(known) or "none"}'
 
 def make_loss(
     what, # name of `LOSSES`, dict(name=..., its arguments), or a loss: returned as it is

@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import *
 from ..view import *
 from ..config import *
+from ..settings import nearest_word
 from ..io.untrusted import *
 from ..case import *
 from ..histogram import *

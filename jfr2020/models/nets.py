@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import *
+from ..settings import nearest_word
 from ..losses import *
 from .base import *
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import *
+from ..settings import nearest_word
 from ..categories import *
 from ..losses import *
 from .base import *
