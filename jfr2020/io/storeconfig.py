@@ -6,24 +6,21 @@
 __all__ = ['OWN', 'VolumeGroup', 'LinesGroup', 'TableGroup', 'StoreConfig', 'read_store_config', 'load_store_config']
 
 # %% ../../nbs/11b_io.storeconfig.ipynb #559ec32f
-import difflib, json, re
+import json, re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import *
+from ..settings import nearest_word
 
 # %% ../../nbs/11b_io.storeconfig.ipynb #7a075708
 def _bad(where, need, found, fix='correct the config'):
     return ConfigError(f'{where}: {need} needed, found {str(found)[:60]!r}', fix=fix)
 
-def _nearest(word, known): # ', did you mean ...' or the whole list
-    hit = difflib.get_close_matches(str(word), known, 1, .5)
-    return f'did you mean {hit[0]!r}?' if hit else f'known: {", ".join(known)}'
-
 def _one_of(*known):
     def check(v, where):
         if v in known: return v
-        raise ConfigError(f'{where}: {str(v)[:60]!r} is not known', fix=_nearest(v, [k for k in known if k]))
+        raise ConfigError(f'{where}: {str(v)[:60]!r} is not known', fix=nearest_word(v, [k for k in known if k]))
     return check
 
 def _words(v, where): # a text or a list of texts -> tuple
@@ -148,7 +145,7 @@ def _group(name, d): # one entry of the config -> its group
     kind = _one_of(*_CHECKS)(d['type'], f'{name}: type')
     for k in d:
         if k != 'type' and k not in _CHECKS[kind]:
-            fix = _nearest(k, list(_CHECKS[kind]))
+            fix = nearest_word(k, _CHECKS[kind])
             raise ConfigError(f'{name}: {str(k)[:60]!r} is no key of a {kind} group', fix=fix)
     if 'files' not in d: raise ConfigError(f'{name}: files are needed', fix='name them below the subject\'s folder')
     given = {k: v for k,v in d.items() if k != 'type' and (v is not None or k == 'connectivity_nb_blocs')}
@@ -172,7 +169,7 @@ class StoreConfig:
         volumes = [g.name for g in self.volumes]
         for g in (*self.volumes, *self.streamlines):
             if g.reference not in ('', OWN, *volumes):
-                fix = _nearest(g.reference, [*volumes, OWN])
+                fix = nearest_word(g.reference, [*volumes, OWN])
                 raise ConfigError(f'{g.name}: reference {g.reference!r} is no volume group', fix=fix)
 
     def _of(self, kind): return tuple(g for g in self.groups if isinstance(g, kind))
