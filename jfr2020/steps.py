@@ -61,13 +61,13 @@ class GuardFinite(FitCallback):
     def before_train(self): self._keep()
     def before_batch(self):
         self.kept = [b.clone() for b in self.model.buffers()]
-        if not all_finite([*self.xb, *self.yb]): self._bad('batch')
+        self._look('batch', [*self.xb, *self.yb])
     def after_loss(self):
-        if not all_finite([self.learn.loss_grad]): self._bad('loss')
+        self._look('loss', [self.learn.loss_grad])
     def before_step(self):
-        if not all_finite(p.grad for p in self.model.parameters() if p.grad is not None): self._bad('gradient')
+        self._look('gradient', (p.grad for p in self.model.parameters() if p.grad is not None))
     def after_step(self):
-        if not all_finite(self.model.parameters()): self._bad('step')
+        self._look('step', self.model.parameters())
         self.row = 0
         if self.train_iter % self.every == 0: self._keep()
 
@@ -79,6 +79,8 @@ class GuardFinite(FitCallback):
         weights, opt = self.good
         get_model(self.model).load_state_dict(weights)
         self.opt.load_state_dict(_copied(opt))
+    def _look(self, what, tensors): # where one of several processes passes over a batch, all do
+        if in_any(self.learn, not all_finite(tensors)): self._bad(what)
     def _bad(self, what):
         for b,k in zip(self.model.buffers(), self.kept): b.data.copy_(k)
         self.opt.zero_grad()
@@ -126,11 +128,14 @@ class Accumulate(FitCallback):
         super().__init__(); self.batches, self.samples, self.held = batches, 0, 0
         if batches < 1: raise ConfigError(f'batches must be 1 or more, got {batches}')
     def before_train(self): self.samples = self.held = 0
+    def _samples(self): # of this batch, for each process
+        across = across_of(self.learn)
+        return across.samples() if across else find_bs(self.learn.yb)
     def after_loss(self):
-        self.learn.loss_grad = self.learn.loss_grad*find_bs(self.learn.yb)
+        self.learn.loss_grad = self.learn.loss_grad*self._samples()
     def before_step(self):
         if self.flushes: return self._mean()
-        self.samples, self.held = self.samples+find_bs(self.learn.yb), self.held+1
+        self.samples, self.held = self.samples+self._samples(), self.held+1
         if self.held < self.batches: raise CancelBatchException # neither a step nor zero_grad
         self._mean()
     flushes = False
