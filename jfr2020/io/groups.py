@@ -60,12 +60,10 @@ class FoundVolume:
 
 def _is_dicom(path): return path.is_dir() or path.suffix.lower() in ('.dcm', '.zip')
 
-def _is_nrrd(path): return path.suffix.lower() == '.nrrd'
-
 def _kind(group, files, heads): # what the config says, or what the files declare
     if group.kind: return group.kind
     if _is_dicom(files[0]): return 'ct'
-    if _is_nrrd(files[0]): return 'mask'
+    if is_nrrd(files[0]): return 'mask'
     if len(files) > 1 or heads[0].channels: return 'feature'
     bytes_only = heads[0].dtype == np.uint8 and heads[0].plain
     return 'mask' if bytes_only and group.standardization == 'none' and not group.dtype else 'volume'
@@ -97,9 +95,9 @@ def find_volume(
         if group.standardization != 'none': raise ConfigError(f'{group.name}: a ct is not standardised')
         series = _one_series(files[0])
         return FoundVolume(group, tuple(files), (), 'ct', series.geometry, series)
-    if any(map(_is_nrrd, files)) and (len(files) > 1 or group.kind not in ('', 'mask') or masks):
+    if any(map(is_nrrd, files)) and (len(files) > 1 or group.kind not in ('', 'mask') or masks):
         raise ConfigError(f'{group.name}: an NRRD file is read as a mask, alone')
-    heads = [nifti_head(p) for p in files if not _is_nrrd(p)]
+    heads = [nifti_head(p) for p in files if not is_nrrd(p)]
     kind = _kind(group, files, heads)
     if kind != 'feature': _one_file(group, kind, files, heads)
     grid = heads[0].geometry if heads else read_mask(files[0]).geometry
@@ -107,13 +105,13 @@ def find_volume(
     for p in masks: check_same_space(grid, _mask_grid(p), (group.name, 'its std_mask'), SPACE_MM)
     return FoundVolume(group, tuple(files), tuple(masks), kind, grid)
 
-def _mask_grid(path): return read_mask(path).geometry if _is_nrrd(path) else nifti_head(path).geometry
+def _mask_grid(path): return read_mask(path).geometry if is_nrrd(path) else nifti_head(path).geometry
 
 # %% ../../nbs/12g_io.groups.ipynb #2f79cbfe
 def _inside(found): # (D,H,W) bool, or None where no mask is given
     out = None
     for p in found.masks:
-        m = read_mask(p).data > 0 if _is_nrrd(p) else (read_channels([p])[0].data > 0).any(-1)
+        m = read_mask(p).data > 0 if is_nrrd(p) else (read_channels([p])[0].data > 0).any(-1)
         out = m if out is None else out | m
     return out
 
