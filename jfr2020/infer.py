@@ -8,6 +8,7 @@ __all__ = ['window_starts', 'middle_weight', 'slide', 'window_of', 'as_probabili
 
 # %% ../nbs/60_infer.ipynb #a1ce53fa
 import itertools, math
+from functools import reduce
 import numpy as np, torch
 import torch.nn.functional as F
 
@@ -65,32 +66,29 @@ def slide(
     window = tuple(int(w) for w in window)
     starts = [window_starts(n, w, overlap) for n,w in zip(x.shape[1:], window)]
     axes = [torch.from_numpy(middle_weight(w)) for w in window]
-    weight = axes[0][:,None,None]*axes[1][:,None]*axes[2]
+    weight = axes[0][:,None,None]*axes[1][:,None]*axes[2]/len(mirrors)
     out, places = None, list(itertools.product(*starts))
     for k in range(0, len(places), batch):
         cubes = torch.stack([_cut(x, p, window) for p in places[k:k+batch]]).to(device or x.device)
         y = _mirrored(fn, cubes, mirrors).float().cpu()
         if out is None: out = torch.zeros(y.shape[1], *x.shape[1:])
-        for p,answer in zip(places[k:k+batch], y): _add(out, answer.mul_(weight), p)
+        for p,answer in zip(places[k:k+batch], y): _add(out, answer, weight, p)
     for d,(n,s,w) in enumerate(zip(x.shape[1:], starts, axes)): # the sum of all weights, axis by axis
         total = torch.zeros(n)
         for a in s: total[max(a,0):a+len(w)] += w[max(-a,0):max(-a,0)+len(total[max(a,0):a+len(w)])]
         out.div_(total.view([-1 if i == d else 1 for i in range(3)]))
     return out
 
-def _mirrored(fn, cubes, mirrors):
-    total = None
-    for m in mirrors:
-        dims = [a+1 for a in m]
-        y = fn(cubes.flip(dims) if dims else cubes)
-        y = y.flip(dims) if dims else y
-        total = y if total is None else total+y
-    return total/len(mirrors)
+def _mirrored(fn, cubes, mirrors): # the sum over all passes
+    def one(axes):
+        dims = [a+1 for a in axes]
+        return fn(cubes.flip(dims)).flip(dims) if dims else fn(cubes)
+    return reduce(torch.add, map(one, mirrors))
 
-def _add(out, answer, at): # the part of the window that lies in the scan
+def _add(out, answer, weight, at): # the part of the window that lies in the scan
     low = [max(a, 0) for a in at]; high = [min(a+w, n) for a,w,n in zip(at, answer.shape[1:], out.shape[1:])]
     inside = tuple(slice(l-a, h-a) for l,h,a in zip(low, high, at))
-    out[(slice(None), *map(slice, low, high))] += answer[(slice(None), *inside)]
+    out[(slice(None), *map(slice, low, high))].addcmul_(answer[(slice(None), *inside)], weight[inside])
 
 # %% ../nbs/60_infer.ipynb #df191345
 def _steady(tfms): # item transforms that prediction repeats: everything that chooses a grid, but no patch
