@@ -230,7 +230,8 @@ class SaveState(FitCallback):
         folder:Path, # of the run
         steps:int=0, # training batches between checkpoints inside an epoch; 0: only after each epoch
     ): super().__init__(); self.folder, self.steps = Path(folder), steps
-    def before_fit(self): sweep(make_folder(self.folder))
+    def before_fit(self):
+        if not rank_distrib(): sweep(make_folder(self.folder))
     def before_train(self): self.start = chance_state(self.learn)
     def after_batch(self):
         if self.steps and self.train_iter % self.steps == 0: self.write(self.epoch, self.iter+1, self.start)
