@@ -7,7 +7,7 @@ __all__ = ['LOST_PEER', 'DevicePlan', 'which_devices', 'share_sizes', 'share_pos
            'of_each', 'sum_of_all', 'AcrossDevices', 'across_devices', 'launch']
 
 # %% ../nbs/54_devices.ipynb #3c2bc62f
-import ctypes, glob, hashlib, logging, os, random, signal, sys, tempfile, threading, time
+import ctypes, glob, hashlib, logging, os, re, signal, sys, tempfile, threading, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
@@ -347,26 +347,46 @@ def _surroundings(): # of the processes, and of torch's launcher
         log.setLevel(level)
         for s,h in handlers.items(): signal.signal(s, h)
 
-def _last_words(folder, rank): # of a process
+def _stderr(folder, rank): # of a process, as far as it was written
     for path in glob.glob(f'{folder}/**/{rank}/stderr.log', recursive=True):
-        with open(path, encoding='utf-8', errors='replace') as f: return [l.rstrip() for l in f if l.strip()][-1:]
-    return []
+        with open(path, encoding='utf-8', errors='replace', newline='') as f: return f.read()
+    return ''
 
-def _run_once(argv, processes, folder): # -> exit status (-signal where killed), rank, last words
+def _last_words(folder, rank): # of a process
+    lines = [l for l in _stderr(folder, rank).splitlines() if l.strip()]
+    return re.sub(r'^(\[rank\d+\]: )?(jfr2020[\w.]*: )?', '', lines[-1].strip()) if lines else ''
+
+@contextmanager
+def _passed_on(folder): # what the first process writes to stderr
+    done, seen = threading.Event(), 0
+    def listen():
+        nonlocal seen
+        last = False
+        while not last:
+            last = done.wait(.1)
+            text = _stderr(folder, 0)
+            if len(text) > seen: sys.stderr.write(text[seen:]); sys.stderr.flush(); seen = len(text)
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try: yield
+    finally: done.set(); listener.join()
+
+def _run_once(argv, processes, folder): # -> exit status (-signal where killed), rank, words that the first has not said
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    logs = DefaultLogsSpecs(log_dir=folder, redirects={r: Std.ALL for r in range(1, processes)})
+    logs = DefaultLogsSpecs(log_dir=folder, redirects={r: Std.ALL if r else Std.ERR for r in range(processes)})
     config = LaunchConfig(1, 1, processes, logs, run_id=os.path.basename(folder), rdzv_backend='c10d',
                           rdzv_endpoint='127.0.0.1:0', max_restarts=0, local_addr='127.0.0.1')
     try: elastic_launch(config, argv[0])(*argv[1:])
-    except SignalException as e: return 128+int(e.sigval), 0, []
+    except SignalException as e: return 128+int(e.sigval), 0, ''
     except ChildFailedError as e:
         kind = lambda f: (f.exitcode == LOST_PEER, f.exitcode == -signal.SIGTERM, f.exitcode < 0)
         rank, bad = min(e.failures.items(), key=lambda f: (*kind(f[1]), f[0])) # who began
-        return bad.exitcode, rank, _last_words(folder, rank)
-    return 0, 0, []
+        words = _last_words(folder, rank)
+        return bad.exitcode, rank, '' if words in _stderr(folder, 0) else words
+    return 0, 0, ''
 
 def launch(
     argv, # of the command, the program first: [sys.executable, 'train.py', ...]
@@ -379,10 +399,10 @@ def launch(
     if _started(): raise ConfigError('this process was launched itself', fix='launch once, from outside')
     say = say or (lambda line: sys.stderr.write(line+'\n'))
     for left in range(restarts, -1, -1):
-        with tempfile.TemporaryDirectory() as folder, _surroundings():
+        with tempfile.TemporaryDirectory() as folder, _surroundings(), _passed_on(folder):
             code, rank, words = _run_once([*map(str, argv)], processes, folder)
         killed = code < 0 or code == LOST_PEER
-        if not killed and rank and words: say(f'process {rank}: {words[0]}')
+        if not killed and words: say(f'process {rank}: {words}')
         if not killed: return code
         cause = f'was killed by signal {-code}' if code < 0 else 'lost another'
         say(f'process {rank} {cause}' + (f'; all start again, {left-1} more times at most' if left else ''))
