@@ -112,11 +112,11 @@ def _scan(x, channels): # checked (B,C,D,H,W), plain
         raise GeometryError(f'the network needs (B,{channels},D,H,W), got {tuple(x.shape)}')
     return bare(x)
 
-def _net_options(widths, dropout): # checked
+def _net_options(classes, channels, widths, dropout): # the first three, checked
     widths = _sizes('widths', widths, 1, 2048)
     if not 2 <= len(widths) <= 8: raise ConfigError(f'2 to 8 levels needed, got {len(widths)} widths')
     if not 0 <= dropout < 1: raise ConfigError(f'dropout must be 0..1, below 1, got {dropout}')
-    return widths
+    return *_sizes('classes', [classes], 1, 256), *_sizes('channels', [channels], 1, 1024), widths
 
 @register_model('unet3d')
 class UNet3d(Model):
@@ -133,8 +133,7 @@ class UNet3d(Model):
         loss='dice', # as `Model` has it
     ):
         super().__init__(loss)
-        widths = _net_options(widths, dropout)
-        (classes,), (self.channels,) = _sizes('classes', [classes], 1, 256), _sizes('channels', [channels], 1, 1024)
+        classes, self.channels, widths = _net_options(classes, channels, widths, dropout)
         steps = halvings(spacing, len(widths)-1)
         self.core = _Core(self.channels, classes, widths, steps, (3,3,3), norm, act, attention, dropout)
     def forward(self, x): return self.core(_scan(x, self.channels))
@@ -163,8 +162,7 @@ class UNet25d(Model):
         loss='dice', # as `Model` has it
     ):
         super().__init__(loss)
-        widths = _net_options(widths, dropout)
-        (classes,), (self.channels,) = _sizes('classes', [classes], 1, 256), _sizes('channels', [channels], 1, 1024)
+        classes, self.channels, widths = _net_options(classes, channels, widths, dropout)
         steps = [(1,2,2)]*(len(widths)-1)
         self.neighbours, = _sizes('neighbours', [neighbours], 0, 16)
         n_in = self.channels*(2*self.neighbours+1)
