@@ -41,24 +41,28 @@ class ScoreHead(nn.Module):
             out.append(self.rank(x) + falls)
         return torch.cat(out, 1)
 
-def _loss_of(head, scheme, loss): # the loss that fits a head, unless one is given
-    if loss is not None: return loss
-    name = HEADS.get(head, 'score')
-    return dict(name=name, scheme=scheme) if name == 'score_and_class' else name
+class _ScoringModel(Model): # checked widths, a loss that fits the head, the spacing as a second input
+    def __init__(self, head, channels, widths, use_spacing, scheme, loss):
+        fits = HEADS.get(head, 'score')
+        if loss is None: loss = dict(name=fits, scheme=scheme) if fits == 'score_and_class' else fits
+        super().__init__(loss)
+        if not 2 <= len(widths) <= 8 or not all(type(w) is int and 1 <= w <= 2048 for w in widths):
+            raise ConfigError(f'2 to 8 whole widths of 1..2048 needed, got {str(widths)[:60]}')
+        self.channels, self.use_spacing, self.levels = channels, bool(use_spacing), len(widths)
 
-def _with_spacing(features, spacing, used): # (B,n), (B,3) mm -> (B,n+3)
-    if not used: return features
-    if spacing is None or spacing.shape != (len(features),3):
-        found = None if spacing is None else tuple(spacing.shape)
-        raise GeometryError(f'this network needs the spacing (B,3) in mm as a second input, found {found}', 'SPACING',
-                            'add SpacingBlock to the DataBlock, n_inp=2')
-    return torch.cat([features, bare(spacing).to(features.dtype).log()], 1)
+    def _input(self, x): # checked; a narrow scan is continued, so that two columns are left at the end
+        if x.ndim != 5 or x.shape[1] != self.channels or 0 in x.shape:
+            raise GeometryError(f'the network needs (B,{self.channels},D,H,W), got {tuple(x.shape)}')
+        least = 2**(self.levels-1)+1
+        return F.pad(bare(x), (0,max(least-x.shape[4], 0),0,0,0,0), mode='replicate')
 
-def _input(x, channels, levels): # checked; a narrow scan is continued, so that two columns are left at the end
-    if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-        raise GeometryError(f'the network needs (B,{channels},D,H,W), got {tuple(x.shape)}')
-    least = 2**(levels-1)+1
-    return F.pad(bare(x), (0,max(least-x.shape[4], 0),0,0,0,0), mode='replicate')
+    def _answer(self, features, spacing): # (B,n), (B,3) mm -> of the head
+        if not self.use_spacing: return self.head(features)
+        if spacing is None or spacing.shape != (len(features),3):
+            found = None if spacing is None else tuple(spacing.shape)
+            why = f'this network needs the spacing (B,3) in mm as a second input, found {found}'
+            raise GeometryError(why, 'SPACING', 'add SpacingBlock to the DataBlock, n_inp=2')
+        return self.head(torch.cat([features, bare(spacing).to(features.dtype).log()], 1))
 
 # %% ../../nbs/42a_models.score.ipynb #b55bdefa
 class _Residual(nn.Module):
@@ -71,7 +75,7 @@ class _Residual(nn.Module):
     def forward(self, x): return self.act(self.body(x) + self.way(x))
 
 @register_model('scorenet')
-class ScoreNet(Model):
+class ScoreNet(_ScoringModel):
     "Log score and classes of a scan, (B,C,D,H,W) [, (B,3) mm] -> (B,1), (B,K-1) or (B,K)"
     def __init__(self,
         head:str='score', # of `HEADS`
@@ -84,23 +88,20 @@ class ScoreNet(Model):
         scheme:str='jfr2020', # of `SCHEMES`
         loss=None, # as `Model` has it; follows from the head when absent
     ):
-        super().__init__(_loss_of(head, scheme, loss))
-        if not 2 <= len(widths) <= 8 or not all(type(w) is int and 1 <= w <= 2048 for w in widths):
-            raise ConfigError(f'2 to 8 whole widths of 1..2048 needed, got {str(widths)[:60]}')
-        self.channels, self.use_spacing, self.levels = channels, bool(use_spacing), len(widths)
+        super().__init__(head, channels, widths, use_spacing, scheme, loss)
         ways = zip(widths, widths[1:], halvings(spacing, len(widths)-1))
         self.stem = conv_unit(self.channels, widths[0], norm=norm, act=act)
         self.body = nn.Sequential(*(_Residual(a, b, s, norm, act) for a,b,s in ways))
         self.head = ScoreHead(2*widths[-1]+3*self.use_spacing, head, scheme)
 
     def forward(self, x, spacing=None):
-        x = self.body(self.stem(_input(x, self.channels, self.levels))).flatten(2)
+        x = self.body(self.stem(self._input(x))).flatten(2)
         pooled = torch.cat([x.mean(2), x.amax(2)], 1)
-        return self.head(_with_spacing(pooled, spacing, self.use_spacing))
+        return self._answer(pooled, spacing)
 
 # %% ../../nbs/42a_models.score.ipynb #f8491a5d
 @register_model('attentionnet')
-class AttentionNet(Model):
+class AttentionNet(_ScoringModel):
     "Log score and classes of a scan, slice by slice, (B,C,D,H,W) [, (B,3) mm] -> (B,1), (B,K-1) or (B,K)"
     def __init__(self,
         head:str='score', # of `HEADS`
@@ -113,10 +114,7 @@ class AttentionNet(Model):
         scheme:str='jfr2020', # of `SCHEMES`
         loss=None, # as `Model` has it; follows from the head when absent
     ):
-        super().__init__(_loss_of(head, scheme, loss))
-        if not 2 <= len(widths) <= 8 or not all(type(w) is int and 1 <= w <= 2048 for w in widths):
-            raise ConfigError(f'2 to 8 whole widths of 1..2048 needed, got {str(widths)[:60]}')
-        self.channels, self.use_spacing, self.levels = channels, bool(use_spacing), len(widths)
+        super().__init__(head, channels, widths, use_spacing, scheme, loss)
         n = 2*widths[-1]
         units = [conv_unit(a, b, (1,3,3), (1,1,1) if i == 0 else (1,2,2), norm, act)
                  for i,(a,b) in enumerate(zip((self.channels, *widths), widths))]
@@ -128,7 +126,7 @@ class AttentionNet(Model):
         x, # (B,C,D,H,W)
     ): # (B,D,n), (B,D) weights that add up to 1
         "What each slice says, and how much it counts"
-        x = _input(x, self.channels, self.levels)
+        x = self._input(x)
         y = self.slices(x.transpose(1, 2).flatten(0, 1)[:,:,None]).flatten(2)
         f = torch.cat([y.mean(2), y.amax(2)], 1).unflatten(0, (len(x), x.shape[2]))
         return f, self.vote(self.look(f).tanh()*self.gate(f).sigmoid())[...,0].softmax(1)
@@ -142,4 +140,4 @@ class AttentionNet(Model):
     def forward(self, x, spacing=None):
         f, w = self.features(x)
         pooled = torch.cat([(w[...,None]*f).sum(1), f.amax(1)], 1)
-        return self.head(_with_spacing(self.dropout(pooled), spacing, self.use_spacing))
+        return self._answer(self.dropout(pooled), spacing)
