@@ -220,12 +220,12 @@ def standard_numbers(
                             'give a std_mask without them, or say what they mean')
     return mean.astype('f4'), np.maximum(std, LEAST_STD).astype('f4')
 
-def _apply(data, first, mean, second, std): # in place, in pieces that stay in cache
+def _apply(data, first, a, second, b): # in place, in pieces that stay in cache
     flat = data.reshape(-1, data.shape[-1])
-    if len(set(mean.tolist())) == len(set(std.tolist())) == 1: mean, std = mean[0], std[0]
+    if len(set(a.tolist())) == len(set(b.tolist())) == 1: a, b = a[0], b[0]
     for s in range(0, len(flat), ROWS):
         part = flat[s:s+ROWS]
-        first(part, mean, out=part); second(part, std, out=part)
+        first(part, a, out=part); second(part, b, out=part)
     return data
 
 def standardise(
@@ -242,6 +242,4 @@ def unstandardise(
     std:np.ndarray, # (C,) float32
 ) -> np.ndarray: # the same array
     "`data * std + mean` in every voxel: what `standardise` was given, but for rounding"
-    flat = data.reshape(-1, data.shape[-1])
-    for s in range(0, len(flat), ROWS): flat[s:s+ROWS] = flat[s:s+ROWS]*np.asarray(std) + np.asarray(mean)
-    return data
+    return _apply(data, np.multiply, np.asarray(std), np.add, np.asarray(mean))
