@@ -55,10 +55,11 @@ class EpochMetric(Metric):
 class MaskDice(EpochMetric):
     "Dice of everything labelled, over the whole epoch"
     def counts(self, pred, y):
-        p, t = pred > 0, y > 0
-        p = p & (y >= 0) # voxels that were not asked
+        "Voxels labelled in both, in the prediction, in the target; a voxel below 0 was not asked for"
+        p, t = (pred > 0) & (y >= 0), y > 0
         return (p & t).sum(), p.sum(), t.sum()
     def result(self, parts):
+        "Of all voxels of the epoch; 1 where nothing is labelled and nothing predicted"
         hit, said, there = map(float, np.sum(parts, 0))
         return 1. if said+there == 0 else 2*hit/(said+there)
 
@@ -75,8 +76,11 @@ def touched_lesions(
 
 class LesionF1(EpochMetric):
     "F1 of lesions: 2 PPV sensitivity / (PPV + sensitivity), by touching components"
-    def counts(self, pred, y): return np.sum([touched_lesions(t > 0, p > 0) for p,t in zip(pred, y)], 0)
+    def counts(self, pred, y):
+        "`touched_lesions`, added up over the samples of a batch"
+        return np.sum([touched_lesions(t > 0, p > 0) for p,t in zip(pred, y)], 0)
     def result(self, parts):
+        "1 where there is no lesion and none is predicted"
         found, there, right, said = map(float, np.sum(parts, 0))
         if there+said == 0: return 1.
         sensitivity, ppv = found/there if there else 0., right/said if said else 0.
@@ -90,6 +94,7 @@ def _or_nan(e): return math.nan if e.value is None else e.value
 class ScoreICC(EpochMetric):
     "ICC(A,1) of Agatston scores, from predictions of log(1 + score)"
     def result(self, parts):
+        "Of all scans of the epoch, a predicted score below 0 as 0; nan where it is undefined"
         p, y = (np.expm1(o).clip(0) for o in _all(parts))
         return _or_nan(icc(np.column_stack([y, p])))
 
@@ -107,6 +112,7 @@ class ClassKappa(EpochMetric):
         from_scores:bool=False, # True: predictions and targets are log(1 + score)
     ): self.weights, self.scheme, self.from_scores = weights, risk_category(0, scheme).scheme, from_scores
     def result(self, parts):
+        "Of all scans of the epoch; nan where it is undefined"
         p, y = _all(parts)
         if self.from_scores: p, y = (classes_of_scores(np.expm1(o).clip(0).round(3), self.scheme) for o in (p, y))
         k = len(SCHEMES[self.scheme].labels)
