@@ -7,6 +7,7 @@ __all__ = ['lps2ras', 'Geometry']
 
 # %% ../nbs/01_geometry.ipynb #f44b41e1
 from dataclasses import dataclass
+from functools import cached_property
 import numpy as np
 
 from .errors import *
@@ -19,6 +20,10 @@ def lps2ras(
     return np.diag([-1.,-1.,1.,1.]) @ affine
 
 # %% ../nbs/01_geometry.ipynb #3030f056
+def _is_last(row): # is it 0 0 0 1, as np.allclose says, which is slow, and every crop of every sample asks; nan is not
+    a,b,c,one = row.tolist()
+    return abs(a) <= 1e-8 and abs(b) <= 1e-8 and abs(c) <= 1e-8 and abs(one-1) <= 1e-8+1e-5
+
 @dataclass(frozen=True, eq=False)
 class Geometry:
     "Shape and position of a `(D,H,W)` grid; frozen, so a transform makes a new one"
@@ -26,10 +31,10 @@ class Geometry:
     affine:np.ndarray # (4,4) float64, (d,h,w,1) -> RAS+ mm
 
     def __post_init__(self): # valid at birth: needed, found
-        A, shape = np.array(self.affine, dtype=np.float64), tuple(int(n) for n in self.shape)
+        A, shape = np.array(self.affine, dtype=np.float64), tuple(map(int, self.shape))
         if len(shape) != 3 or min(shape) < 1: raise GeometryError(f'shape must be 3 positive sizes, got {shape}')
         if A.shape != (4,4): raise GeometryError(f'affine must be (4,4), got {A.shape}')
-        if not np.allclose(A[3], [0,0,0,1]): raise GeometryError(f'last row of affine must be 0 0 0 1, got {A[3]}')
+        if not _is_last(A[3]): raise GeometryError(f'last row of affine must be 0 0 0 1, got {A[3]}')
         if not (np.isfinite(A).all() and abs(np.linalg.det(A[:3,:3])) > 1e-9):
             raise GeometryError(f'affine axes must have a length and a volume, got columns {A[:3,:3].T.tolist()} mm')
         A.flags.writeable = False
@@ -86,7 +91,7 @@ class Geometry:
         shape, # voxels kept, (D,H,W)
     ) -> 'Geometry': # grid of the kept voxels
         "Geometry after cropping, padding (negative start), striding or flipping"
-        T = np.eye(4); T[:3,:3] = np.diag(step); T[:3,3] = start
+        T = np.eye(4); (T[0,0], T[1,1], T[2,2]), T[:3,3] = step, start
         return Geometry(shape, self.affine @ T)
 
     def with_spacing(self,
@@ -101,7 +106,10 @@ class Geometry:
         other:'Geometry', # another grid
     ) -> np.ndarray: # (4,4), (d,h,w,1) of `other` -> (d,h,w,1) of this grid
         "Where the voxels of `other` lie on this grid"
-        return np.linalg.inv(self.affine) @ other.affine
+        return self._inverse @ other.affine
+
+    @cached_property
+    def _inverse(self): return np.linalg.inv(self.affine)
 
     def matches(self,
         other:'Geometry', # another grid

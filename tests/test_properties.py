@@ -27,6 +27,15 @@ def random_volume(rng, kind=Volume, shape=None):
     return kind(data, Geometry(shape, A))
 
 
+@pytest.mark.parametrize('row', [(0,0,0,1), (1e-8,0,-1e-8,1), (1.1e-8,0,0,1), (0,0,-2e-8,1), (0,0,0,1+1e-5), (0,0,0,1-1e-5), (0,0,0,1+1.1e-5),
+                                 (0,0,0,-1), (0,0,0,0), (np.nan,0,0,1), (0,0,0,np.nan), (0,np.inf,0,1), (0,0,0,-np.inf), (3,0,0,1)])
+def test_the_last_row_is_judged_as_allclose_judges_it(row):
+    A = np.eye(4); A[3] = row
+    if np.allclose(row, [0,0,0,1]): assert Geometry((1,1,1), A).shape == (1,1,1)
+    else:
+        with pytest.raises(GeometryError, match='last row'): Geometry((1,1,1), A)
+
+
 @given(seeds)
 def test_index_and_world_undo_each_other(seed):
     rng = np.random.default_rng(seed)

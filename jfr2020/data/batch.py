@@ -35,13 +35,15 @@ class BatchTransform(Transform):
     ):
         "Set this batch's parameters on `self`; override"
 
+    def encodes(self, o) -> None: return o # whatever no method is meant for
+
     def __call__(self, b, split_idx=None, **kwargs):
         asked = self.split_idx is None or split_idx == self.split_idx
         volumes = [o for o in (b if isinstance(b, tuple) else (b,)) if isinstance(o, TensorVolume)]
         if not asked or not volumes: return b
-        if volumes[0].ndim != 5:
-            raise GeometryError(f'{type(self).__name__} needs batches (B,C,D,H,W), got shape {tuple(volumes[0].shape)}')
         x = volumes[0].as_subclass(torch.Tensor)
+        if x.ndim != 5:
+            raise GeometryError(f'{type(self).__name__} needs batches (B,C,D,H,W), got shape {tuple(x.shape)}')
         self._on = torch.rand(len(x), device=x.device) < self.p
         self.draw(x)
         return super().__call__(b, split_idx=split_idx, **kwargs)
@@ -54,7 +56,7 @@ class BatchTransform(Transform):
     ): # (B,) float32
         "A random number for each sample, `still` for those left alone by `p`"
         drawn = torch.empty(len(x), device=x.device).uniform_(low, high)
-        return torch.where(self._on, drawn, torch.tensor(still, device=x.device))
+        return drawn if self.p == 1 else torch.where(self._on, drawn, torch.tensor(still, device=x.device))
 
 def plain(
     x, # tensor of any type
@@ -138,7 +140,10 @@ def sample_plane(
     mode, beyond = ('nearest', 'zeros') if nearest else ('bilinear', 'border')
     some = x.split(_SLICES if x.device.type == 'cpu' else x.shape[1], 1)
     look = lambda s: F.grid_sample(s.float(), grid, mode=mode, padding_mode=beyond, align_corners=False)
-    return torch.cat([look(s) for s in some], 1)
+    if len(some) == 1: return look(x)
+    out = torch.empty(x.shape)
+    for o,s in zip(out.split(_SLICES, 1), some): o.copy_(look(s))
+    return out
 
 class AffineBatch(BatchTransform):
     "Turn, zoom and shift in the plane of the slices, scan and labels alike"
@@ -157,7 +162,7 @@ class AffineBatch(BatchTransform):
         shift = torch.stack([self.uniform(x, -b[2], b[2])*n for n in x.shape[3:]], -1)
         self._maps = plane_maps(turn, zoom, shift, x.shape[3:])
     def encodes(self, x:TensorVolume) -> None:
-        return TensorVolume(sample_plane(_bare(x).flatten(1,2), self._maps).view(x.shape))
+        x = _bare(x); return TensorVolume(sample_plane(x.flatten(1,2), self._maps).view(x.shape))
     def encodes(self, y:TensorLabels) -> None:
         z = _bare(y)
         return TensorLabels(sample_plane(z, self._maps, nearest=True).to(z.dtype))
@@ -171,7 +176,7 @@ class NoiseHU(BatchTransform):
     ): super().__init__(p); self.most = most
     def draw(self, x): self._sd = self.uniform(x, 0, self.most)
     def encodes(self, x:TensorVolume) -> None:
-        return TensorVolume(torch.randn(x.shape, device=x.device).mul_(_column(self._sd)).add_(_bare(x)))
+        x = _bare(x); return TensorVolume(torch.randn(x.shape, device=x.device).mul_(_column(self._sd)).add_(x))
 
 class ShiftHU(BatchTransform):
     "The calibration a little off: the same number added to every voxel of a sample"
@@ -197,9 +202,9 @@ class BlurHU(BatchTransform):
         k = torch.exp(-.5*(torch.arange(-r, r+1, device=x.device)/sd[:,None])**2)
         self._kernel = k/k.sum(1, keepdim=True) # (B,2r+1)
     def encodes(self, x:TensorVolume) -> None:
-        r = self._kernel.shape[1]//2; rows, columns = x.shape[3:]
+        x, r = _bare(x), self._kernel.shape[1]//2; rows, columns = x.shape[3:]
         y = torch.empty(x.shape, device=x.device)
-        for out,s,k in zip(y, _bare(x), self._kernel.tolist()): # a sum of shifted slices, much faster than conv2d
+        for out,s,k in zip(y, x, self._kernel.tolist()): # a sum of shifted slices, much faster than conv2d
             s = F.pad(s.float(), (r,r,r,r), mode='replicate')
             _weigh([s[...,i:i+columns] for i in range(2*r+1)], k, h := s.new_empty(*s.shape[:-1], columns))
             _weigh([h[...,i:i+rows,:] for i in range(2*r+1)], k, out)

@@ -128,13 +128,21 @@ class VolumeDL(TfmdDL):
         b, # list of samples
     ) -> tuple: # of tensors
         "Join samples, which must have one shape"
-        shapes = [[tuple(o.shape) for o in s if isinstance(o, TensorGrid)] for s in b if isinstance(s, tuple)]
+        if not isinstance(b[0], tuple): return super().create_batch(b)
+        bare = [tuple(map(_bare, s)) for s in b]
+        shapes = [[tuple(p.shape) for o,p in zip(*both) if isinstance(o, TensorGrid)] for both in zip(b, bare)]
         if any(s != shapes[0] for s in shapes): _refuse_shapes(shapes)
-        return super().create_batch(b)
+        joined = zip(super().create_batch(bare), b[0])
+        return tuple(o.as_subclass(type(s)) if isinstance(s, TensorBase) else o for o,s in joined)
+
+    def retain(self, res, b): return res if isinstance(res, tuple) else super().retain(res, b) # types are there
 
     def _pre_show_batch(self, b, max_n=9): # the scan leads, whatever other inputs there are
         x,y,its = super()._pre_show_batch(b, max_n)
         return (x[0] if isinstance(x, tuple) and isinstance(x[0], TensorVolume) else x), y, its
+
+def _bare(o): # a plain tensor: of others, even to ask for the shape takes long
+    return o.as_subclass(torch.Tensor) if isinstance(o, TensorBase) else o
 
 def _refuse_shapes(shapes):
     found = ', '.join(str(s[0]) for s in dict.fromkeys(map(tuple, shapes)))

@@ -22,18 +22,19 @@ from ..heart import *
 
 # %% ../../nbs/30_data.transforms.ipynb #b92adcfd
 def _as_box(v, grid): # (start, signs) when `grid` is a box of the grid of `v`, axes perhaps reversed; else None
-    T = v.geometry.map_from(grid)
-    signs, start = np.diag(T)[:3], T[:3,3]
-    near = abs(T[:3,:3]-np.diag(np.sign(signs))).max() < 1e-4 and abs(start-np.round(start)).max() < 1e-3
-    return (np.round(start).astype(int), np.sign(signs).astype(int)) if near else None
+    (d,dh,dw,z), (hd,h,hw,y), (wd,wh,w,x), _ = v.geometry.map_from(grid).tolist() # of so few numbers, Python is faster
+    start, signs = [round(z), round(y), round(x)], [1 if s > 0 else -1 for s in (d,h,w)]
+    turned = max(map(abs, (dh,dw,hd,hw,wd,wh, abs(d)-1, abs(h)-1, abs(w)-1)))
+    between = max(abs(z-start[0]), abs(y-start[1]), abs(x-start[2])) # voxels
+    return (start, signs) if turned < 1e-4 and between < 1e-3 else None
 
 def _take_box(v, start, signs, grid): # crop, a view where `v` has every voxel, then turn axes round
-    if v.shape == grid.shape and not start.any() and (signs > 0).all(): return v
-    low = np.where(signs > 0, start, start-np.array(grid.shape)+1)
-    high = low+grid.shape
-    inside = (low >= 0).all() and (high <= v.shape).all()
+    if v.shape == grid.shape and not any(start) and min(signs) > 0: return v
+    low = [a if s > 0 else a-n+1 for a,s,n in zip(start, signs, grid.shape)]
+    high = [a+n for a,n in zip(low, grid.shape)]
+    inside = min(low) >= 0 and all(b <= n for b,n in zip(high, v.shape))
     data = v.data[tuple(map(slice, low, high))] if inside else crop(v, low, high).data
-    return type(v)(data[tuple(slice(None, None, s) for s in signs.tolist())], grid)
+    return type(v)(data[tuple(slice(None, None, s) for s in signs)], grid)
 
 def _between(n, size, scale): # for each of `size` new slices: the two old ones of `n`, and the weight of the second
     at = ((np.arange(size)+.5)/scale-.5).clip(0, n-1)
@@ -98,6 +99,8 @@ class VolumeTransform(Transform):
         training:bool, # is it of the training set
     ):
         "Set this call's parameters on `self`; override"
+
+    def encodes(self, o) -> None: return o # whatever no method is meant for
 
     def __call__(self, x, split_idx=None, **kwargs):
         asked = self.split_idx is None or split_idx == self.split_idx
@@ -181,13 +184,13 @@ class RandomCrop(GridTransform):
         positive:float=.5, # probability of a cube about a labelled voxel, where the mask has any
     ): super().__init__(); self.shape, self.positive = _shape3('RandomCrop', shape), positive
     def grid(self, ct, sample, training):
-        room, size = np.array(ct.shape)-self.shape, np.array(self.shape)
         if not training: return _about(ct.geometry, (np.array(ct.shape)-1)/2, self.shape)
-        start = np.array([random.randint(min(n,0), max(n,0)) for n in room])
+        room = [n-m for n,m in zip(ct.shape, self.shape)]
+        start = [random.randint(min(n,0), max(n,0)) for n in room]
         if (at := self._lesion(ct, sample)) is not None: # jittered, inside the scan where the scan is large enough
-            start = at-np.array([random.randrange(n) for n in self.shape])
-            start = np.where(room > 0, start.clip(0, np.maximum(room, 0)), room//2)
-        return ct.geometry.sliced(start, (1,1,1), size)
+            start = [int(a)-random.randrange(n) for a,n in zip(at, self.shape)]
+            start = [min(max(a, 0), n) if n > 0 else n//2 for a,n in zip(start, room)]
+        return ct.geometry.sliced(start, (1,1,1), self.shape)
 
     def _lesion(self, ct, sample): # index (D,H,W) of a random labelled voxel on the grid of `ct`
         masks = [o for o in sample if isinstance(o, MaskVolume)]
@@ -278,6 +281,8 @@ class SampleSpacing:
 # %% ../../nbs/30_data.transforms.ipynb #3dff4f39
 class TensorGrid(TensorBase):
     "Voxels of a batch or a sample; no geometry, no attribute"
+    def __new__(cls, x, **kwargs): # the usual way, which is long, only where it is needed
+        return x.as_subclass(cls) if type(x) is torch.Tensor and not kwargs else super().__new__(cls, x, **kwargs)
 
 class TensorVolume(TensorGrid):
     "(C,D,H,W), or (B,C,D,H,W): HU or grey values"
