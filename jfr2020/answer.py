@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DONE', 'INTERNAL', 'USAGE', 'SOME_REFUSED', 'ALL_REFUSED', 'ENVIRONMENT', 'Answer', 'say_answer', 'Progress']
 
-# %% ../nbs/70_answer.ipynb #aa3e052a
+# %% ../nbs/70_answer.ipynb #c6f2d2d7
 import json, sys
 from dataclasses import dataclass, field
 
-# %% ../nbs/70_answer.ipynb #94052c34
+# %% ../nbs/70_answer.ipynb #b3818b9b
 DONE, INTERNAL, USAGE, SOME_REFUSED, ALL_REFUSED, ENVIRONMENT = range(6)
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ def say_answer(
     schema:str=None, # of the document: print JSON with this name; the text when absent
 ) -> int: # exit code
     "Put an answer on stdout, as text or as one JSON document"
-    said = answer.text if schema is None else json.dumps(dict(schema=schema, **answer.data))
+    said = answer.text if schema is None else json.dumps({'schema': schema, **answer.data})
     sys.stdout.write(said+'\n'); sys.stdout.flush()
     return answer.code
 
-# %% ../nbs/70_answer.ipynb #3ddbe129
+# %% ../nbs/70_answer.ipynb #128bd73d
 class Progress:
     "Progress on stderr: one line redrawn on a terminal, a line each elsewhere"
     def __init__(self,

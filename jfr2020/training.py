@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_run', 'calcium_learner', 'make_trackers', 'run_callbacks', 'SayEpochs', 'fit_run', 'resume_run']
 
-# %% ../nbs/56_training.ipynb #a5174aab
+# %% ../nbs/56_training.ipynb #38cf8e05
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from .runlog import *
 from .steps import *
 from .learner import *
 
-# %% ../nbs/56_training.ipynb #2955ed9c
+# %% ../nbs/56_training.ipynb #5f67b061
 def seed_run(
     learn:Learner, # about to fit
     seed:int, # of the configuration
@@ -46,7 +46,7 @@ def calcium_learner(
     return ct_learner(dls, m.architecture, m.whole_loss(), path=path, arguments=m.all_arguments(),
                       opt_func=make_opt_func(config.opt))
 
-# %% ../nbs/56_training.ipynb #3edaf22c
+# %% ../nbs/56_training.ipynb #bb627345
 def _mlflow(logging, folder):
     if logging.offline: return MlflowTracker(f'sqlite:///{Path(folder).absolute()/"mlflow.db"}', logging.project)
     uri = os.environ.get('MLFLOW_TRACKING_URI')
@@ -80,7 +80,7 @@ def run_callbacks(
     log = RunLog(folder, trackers=make_trackers(l, folder), config=config, name=l.run_name)
     return [*steps, SaveState(folder, t.checkpoint_every), ResumeState(folder), SaveBest(folder, t.monitor), log]
 
-# %% ../nbs/56_training.ipynb #fe7412eb
+# %% ../nbs/56_training.ipynb #a0ab834c
 class SayEpochs(FitCallback):
     "Tells a function how far a run is"
     order = 95
@@ -99,10 +99,8 @@ def _model_facts(config): # for model.json: how it was trained, no path
     data = 'synthetic patients' if config.data.source == 'synth' else config.data.source
     return dict(data=data, target=config.data.target, seed=config.training.seed, settings=value_hash(asdict(config)))
 
-def _with_lr(learn, config, progress): # the configuration with a number
-    if config.opt.lr != 'find': return config
-    if config.training.fast_dev_run: return config.changed(lr=OptSettings().lr) # one step does not need the best
-    if progress: progress(0, config.training.epochs(), 'looking for a learning rate')
+def _with_lr(learn, config): # the configuration with a number
+    if config.opt.lr == 'find' and config.training.fast_dev_run: return config.changed(lr=OptSettings().lr)
     return find_lr(learn, config)
 
 def fit_run(
@@ -111,20 +109,21 @@ def fit_run(
     folder:Path=None, # of the run; nothing is written when absent, or with `fast_dev_run`
     resume:bool=False, # go on with the run in `folder`
     cbs=(), # more callbacks
-    progress=None, # called with (done, total, text)
+    progress=None, # called with (done, total, text) in place of fastai's bar
 ) -> Learner: # the same, trained; with the weights of its best epoch where there is a folder
     "Train as `config` says, into a folder that repeats, shows, resumes and scores"
-    cbs = [*L(cbs), *([SayEpochs(progress)] if progress else [])]
+    if progress:
+        with learn.no_bar(), learn.no_logging(): return fit_run(learn, config, folder, resume, [*L(cbs), SayEpochs(progress)])
     if folder is None or config.training.fast_dev_run:
-        config = _with_lr(learn, config, progress)
+        config = _with_lr(learn, config) # a single step does not need the best
         seed_run(learn, config.training.seed)
-        return fit_config(learn, config, [*run_callbacks(config), *cbs])
+        return fit_config(learn, config, [*run_callbacks(config), *L(cbs)])
     with lock_folder(folder):
         if not resume: check_new_run(folder)
-        found = _with_lr(learn, config, progress)
+        found = _with_lr(learn, config)
         if not resume: save_settings(found, Path(folder)/RUN_CONFIG)
         seed_run(learn, config.training.seed)
-        fit_config(learn, found, [*run_callbacks(found, folder), *cbs])
+        fit_config(learn, found, [*run_callbacks(found, folder), *L(cbs)])
         if not (Path(folder)/RUN_MODEL).exists(): save_trained(learn, Path(folder)/RUN_MODEL, **_model_facts(found))
     return learn
 
@@ -132,7 +131,7 @@ def resume_run(
     folder:Path, # of a run that was stopped
     dls=None, # batches made in another way, the same as before; those of its configuration when absent
     cbs=(), # more callbacks
-    progress=None, # called with (done, total, text)
+    progress=None, # called with (done, total, text) in place of fastai's bar
 ) -> Learner: # trained to the end
     "Go on with a run, from its own settings and its last checkpoint"
     if not (Path(folder)/RUN_CONFIG).is_file():

@@ -171,7 +171,8 @@ def test_series_lists_what_would_happen(cohort):
     assert 'MISSING_SLICE' in text and 'nan' not in text
 
 
-@pytest.mark.parametrize('words', [[], ['score'], ['series'], ['demo'], ['synth'], ['info']])
+@pytest.mark.parametrize('words', [[], ['score'], ['series'], ['demo'], ['synth'], ['info'], ['train', 'calcium'],
+                                   ['resume'], ['logs']])
 def test_help_answers_without_the_heavy_libraries(words):
     code = f"import sys; sys.argv = ['jfr2020', *{words!r}, '--help']\nfrom jfr2020.cli import main\ntry: main()\nexcept SystemExit: pass\n" \
            "print([m for m in ('torch', 'scipy', 'pandas', 'matplotlib', 'pydicom', 'jinja2') if m in sys.modules])"
