@@ -214,7 +214,15 @@ def put_weights(
 # %% ../nbs/51_callbacks.ipynb #265d5094
 class FitCallback(Callback):
     "Acts while a `Learner` fits; not while it validates, predicts or looks for a learning rate"
-    idle, keeps_files = False, False
+    idle, keeps_files, remembers = False, False, () # names of what a checkpoint has to hold
+    def saved(self) -> dict:
+        "What to remember"
+        return {n: getattr(self, n) for n in self.remembers}
+    def restored(self,
+        state:dict, # of `saved`
+    ):
+        "Remember"
+        vars(self).update(state)
     def __call__(self, event_name):
         if event_name == 'before_fit': self.idle = self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
         if not self.idle: return super().__call__(event_name)
@@ -347,7 +355,7 @@ def _lower(name): return any(w in name.lower() for w in ('loss','error','mae','m
 
 class Monitor(FitCallback):
     "Follows one value of the record from epoch to epoch"
-    order = 62
+    order, remembers = 62, ('best','best_epoch','wait')
     def __init__(self,
         monitor:str='valid_loss', # name of a column of the record
         min_delta:float=0., # change that counts as an improvement
@@ -357,14 +365,6 @@ class Monitor(FitCallback):
         self.monitor, self.min_delta, self.best, self.best_epoch, self.wait = monitor, min_delta, None, None, 0
         self.higher = not _lower(monitor) if higher is None else higher
     def before_fit(self): self.best, self.best_epoch, self.wait = None, None, 0
-    def saved(self) -> dict:
-        "What to remember"
-        return dict(best=self.best, best_epoch=self.best_epoch, wait=self.wait)
-    def restored(self,
-        state:dict, # of `saved`
-    ):
-        "Remember"
-        vars(self).update(state)
     def improved(self) -> bool:
         "Look at the epoch that has ended: is it the best so far"
         names = list(self.recorder.metric_names[1:])

@@ -97,7 +97,7 @@ class GuardFinite(FitCallback):
 # %% ../nbs/51b_steps.ipynb #f45a83b6
 class ClipGradient(FitCallback):
     "Shortens the gradient to a largest norm"
-    order, run_valid = MixedPrecision.order+1, False
+    order, run_valid, remembers = MixedPrecision.order+1, False, ('total','steps')
     def __init__(self,
         max_norm:float=1., # of the gradient of all weights together
     ):
@@ -107,14 +107,6 @@ class ClipGradient(FitCallback):
     def before_step(self):
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.total, self.steps = self.total+float(norm), self.steps+1
-    def saved(self) -> dict:
-        "Norms of this epoch"
-        return dict(total=self.total, steps=self.steps)
-    def restored(self,
-        state:dict, # of `saved`
-    ):
-        "Remember the norms"
-        vars(self).update(state)
     def logged(self) -> dict:
         "Mean norm of the epoch, before clipping"
         return dict(grad_norm=self.total/self.steps) if self.steps else {}
