@@ -166,6 +166,7 @@ class CropHeart(GridTransform):
         margin_mm:float=10., # mm, added on every side
     ): super().__init__(); self.margin_mm = float(margin_mm)
     def grid(self, ct, sample, training):
+        "In whole voxels: the margin is rounded up"
         box, more = find_heart(ct), np.ceil(self.margin_mm/np.array(ct.spacing)).astype(int)
         start, stop = np.maximum(np.array(box.start)-more, 0), np.minimum(np.array(box.stop)+more, ct.shape)
         return ct.geometry.sliced(start, (1,1,1), stop-start)
@@ -184,10 +185,11 @@ class RandomCrop(GridTransform):
         positive:float=.5, # probability of a cube about a labelled voxel, where the mask has any
     ): super().__init__(); self.shape, self.positive = _shape3('RandomCrop', shape), positive
     def grid(self, ct, sample, training):
+        "A labelled voxel lies anywhere in its cube, which leaves the scan only where the scan is smaller"
         if not training: return _about(ct.geometry, (np.array(ct.shape)-1)/2, self.shape)
         room = [n-m for n,m in zip(ct.shape, self.shape)]
         start = [random.randint(min(n,0), max(n,0)) for n in room]
-        if (at := self._lesion(ct, sample)) is not None: # jittered, inside the scan where the scan is large enough
+        if (at := self._lesion(ct, sample)) is not None:
             start = [int(a)-random.randrange(n) for a,n in zip(at, self.shape)]
             start = [min(max(a, 0), n) if n > 0 else n//2 for a,n in zip(start, room)]
         return ct.geometry.sliced(start, (1,1,1), self.shape)
@@ -208,6 +210,7 @@ class FlipLR(GridTransform):
         p:float=.5, # probability, 0..1
     ): super().__init__(p)
     def grid(self, ct, sample, training):
+        "Refuses labels beyond 1: they name vessels, which have a side"
         if any(isinstance(o, MaskVolume) and o.data.max() > 1 for o in sample):
             raise ConfigError('FlipLR would turn one vessel into another: the labels of this sample go beyond 1',
                               fix='leave FlipLR out, or train on labels 0 and 1')
@@ -227,6 +230,7 @@ class RandomTurn(GridTransform):
         if not 0 <= zoom < 1: raise ConfigError(f'RandomTurn: zoom must be 0..1, got {zoom}')
         self.degrees, self.zoom = degrees, zoom
     def grid(self, ct, sample, training):
+        "As many voxels as before, the middle where it was"
         a = [math.radians(self.degrees)*random.uniform(-1,1)*f for f in (1, 1/3, 1/3)] # about D, H, W
         R = np.eye(3)
         for axis,t in enumerate(a): R = R @ _rotation(ct.geometry.axes[axis], t)
