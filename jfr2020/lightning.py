@@ -110,21 +110,18 @@ def torch_schedule(
     return dict(scheduler=ShareLR(optimizer, schedule_of(s, opt.lr, opt.momentum), steps), interval='step')
 
 # %% ../nbs/55_lightning.ipynb #d8eb4733
-def _card(model): # what makes a model, or None where no file can say it
+def _card(model): # what makes a model; no architecture where no file can name it
     try: made = dict(architecture=architecture_of(model), arguments=model.arguments)
-    except ConfigError: return None
+    except ConfigError: made = dict(architecture=None, arguments=None)
     return dict(made, preprocessing=model.preprocessing and model.preprocessing.to_dict())
 
-def _from_card(card):
-    model = create_model(card['architecture'], **card['arguments'])
-    model.preprocessing = card['preprocessing']
-    return model
-
 def _model_of(o): # `Model` or card -> `Model`
-    if isinstance(o, dict): return _from_card(o)
     if isinstance(o, Model): return o
-    if o is None: raise ConfigError('the checkpoint cannot say how to make its network', fix='give it as model=')
-    raise ConfigError(f'a Model needed, got {type(o).__name__}', fix='wrap_module(network, loss) makes one')
+    if not isinstance(o, dict):
+        raise ConfigError(f'a Model needed, got {type(o).__name__}', fix='wrap_module(network, loss) makes one')
+    if o['architecture'] is None:
+        raise ConfigError('the checkpoint cannot say how to make its network', 'NOT_REGISTERED', 'give it as model=')
+    return create_model(o['architecture'], **o['arguments'])
 
 def _settings(kind, o): # settings or what a checkpoint says of them
     o = kind() if o is None else kind(**o) if isinstance(o, dict) else o
@@ -203,16 +200,16 @@ class _Steps:
         moves = torch_schedule(optimiser, self.schedule, self.opt, self.trainer.estimated_stepping_batches)
         return dict(optimizer=optimiser, lr_scheduler=moves) if moves else optimiser
 
-    def on_save_checkpoint(self, checkpoint): checkpoint['hyper_parameters'] = self._plain()
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint.update(hyper_parameters=self._plain(), jfr2020=_card(self.model))
 
     def on_load_checkpoint(self, checkpoint):
-        was, own = (checkpoint.get('hyper_parameters') or {}).get('model'), _card(self.model)
-        if not was or not own: return
+        was, own = checkpoint['jfr2020'], _card(self.model)
         for k in was:
-            if was[k] != own[k] and own[k] is not None:
+            if None not in (was[k], own[k]) and was[k] != own[k]:
                 raise ConfigError(f'the checkpoint was made with {k} {was[k]!s:.100}, this is {own[k]!s:.100}',
                                   'OTHER_MODEL', 'go on with the same, or take its weights with checkpoint_model')
-        self.model.preprocessing = was['preprocessing']
+        if was['preprocessing'] is not None: self.model.preprocessing = was['preprocessing']
 
 # %% ../nbs/55_lightning.ipynb #50fe8bb9
 class _Batches:
@@ -270,9 +267,10 @@ def lightning_data(
 _PRECISION = dict(fp32='32-true', fp16='16-mixed', bf16='bf16-mixed')
 
 def _watchers(training, folder): # callbacks of Lightning
+    stop, save = training.early_stop, dict(dirpath=folder, enable_version_counter=False)
+    if not stop and folder is None: return []
     made = import_lightning().pytorch.callbacks
     mode = dict(monitor=training.monitor, mode='max' if Monitor(training.monitor).higher else 'min')
-    stop, save = training.early_stop, dict(dirpath=folder, enable_version_counter=False)
     out = [made.EarlyStopping(patience=stop, check_finite=False, **mode)] if stop else []
     if folder is None: return out
     every = training.checkpoint_every
@@ -309,4 +307,9 @@ def checkpoint_model(
         raise ConfigError('this Lightning reads checkpoints as programs', 'UNSAFE_CHECKPOINT',
                           "pip install 'lightning>=2.6'")
     more = {} if model is None else dict(model=model)
-    return read(path, map_location='cpu', weights_only=True, metrics=(), **more).model
+    try: return read(path, map_location='cpu', weights_only=True, **more).model
+    except JfrError: raise
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [''])[0][:100]
+        raise StoreError(f'{Path(path).name} is no checkpoint of this module: {type(e).__name__} {why}',
+                         'CHECKPOINT', 'choose last.ckpt or best.ckpt of its folder') from e

@@ -6,6 +6,8 @@ import pytest
 from IPython.lib.pretty import pretty
 from nbdev.test import nb_test_cells
 
+from jfr2020.errors import MissingExtra
+
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 EXPORTED = {'export', 'exporti', 'exports', 'default_exp'}
 
@@ -62,7 +64,8 @@ def run_page(page, monkeypatch, skip_flags):
     for cell in nb_test_cells(page, skip_flags=skip_flags):
         if cell.cell_type != 'code' or EXPORTED & directives(cell): continue
         source = os.linesep.join(l for l in cell.source.splitlines() if not l.strip().startswith('#|'))
-        value = run_cell(source, f'{page.name}#{cell.id}', names)
+        try: value = run_cell(source, f'{page.name}#{cell.id}', names)
+        except MissingExtra as e: pytest.skip(f'{page.name}: {e}')
         if (was := kept(cell)) and 'hide' not in directives(cell):
             now = pretty(value)
             if comparable(now) != comparable(was): stale.append(f'{page.name}#{cell.id} shows\n{was}\nbut gives\n{now}')
