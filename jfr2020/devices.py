@@ -260,14 +260,22 @@ class AcrossDevices(Callback):
 
     def before_train(self): self._share()
     def before_validate(self): self._share()
-    def _share(self): self.learn.dl = self.shared = SharedDL(self.learn.dl, self.plan.rank, self.plan.processes)
+    def _share(self):
+        self.learn.dl = self.shared = SharedDL(self.learn.dl, self.plan.rank, self.plan.processes)
+        self.seen = 0
+    def after_cancel_train(self): self.seen = 0
+    def after_cancel_validate(self): self.seen = 0
+    def after_train(self): self._complete()
+    def after_validate(self): self._complete()
+    def _complete(self): # or the others would wait for ever
+        if 0 < self.seen < self.n_iter: self._refuse(f'batch {self.seen} is missing')
+    def _refuse(self, what):
+        raise ConfigError(f'{what} in process {self.plan.rank}', 'NOT_SHARED', 'a data set must not leave samples out')
 
     def before_batch(self):
-        sizes = self.shared.sizes(self.iter)
-        need = sizes[self.plan.rank] or sizes[0]
-        if find_bs(self.learn.xb) != need:
-            raise ConfigError(f'batch {self.iter} has {find_bs(self.learn.xb)} samples, its share is {need}',
-                              'NOT_SHARED', 'a data set that leaves samples out cannot be shared')
+        self.seen, sizes = self.iter+1, self.shared.sizes(self.iter)
+        need, n = sizes[self.plan.rank] or sizes[0], find_bs(self.learn.xb)
+        if n != need: self._refuse(f'batch {self.iter} has {n} samples of {need}')
 
     def after_loss(self):
         if not len(self.learn.yb): return
@@ -335,16 +343,20 @@ def across_devices(
 # %% ../nbs/54_devices.ipynb #b40fdc42
 @contextmanager
 def _surroundings(): # of the processes, and of torch's launcher
-    keys, log = dict(OMP_NUM_THREADS='1'), logging.getLogger('torch.distributed')
+    import torch.distributed.launcher.api # noqa: F401; with its loggers, which tell at length what is one line here
+    logs = [l for n,l in logging.root.manager.loggerDict.items() if n.startswith('torch.distributed')]
+    logs = [l for l in logs if isinstance(l, logging.Logger) and not l.disabled]
+    keys = dict(OMP_NUM_THREADS='1')
     if os.path.isdir('/sys/class/net/lo'): keys['GLOO_SOCKET_IFNAME'] = 'lo'
-    new, level = {k: v for k,v in keys.items() if k not in os.environ}, log.level
+    new = {k: v for k,v in keys.items() if k not in os.environ}
     main = threading.current_thread() is threading.main_thread()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)} if main else {}
-    os.environ.update(new); log.setLevel(logging.CRITICAL+1)
+    os.environ.update(new)
+    for l in logs: l.disabled = True
     try: yield
     finally:
         for k in new: del os.environ[k]
-        log.setLevel(level)
+        for l in logs: l.disabled = False
         for s,h in handlers.items(): signal.signal(s, h)
 
 def _stderr(folder, rank): # of a process, as far as it was written
