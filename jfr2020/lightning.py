@@ -166,6 +166,7 @@ class _Steps:
     def _dls(self): return getattr(self.trainer.datamodule, 'dls', None)
 
     def on_fit_start(self):
+        self.model.train() # as fastai does; Lightning leaves a model as it came, one that was loaded in eval
         dls = self._dls()
         if dls is not None and self.model.preprocessing is None and self.model.preprocessing_type is Preprocessing:
             self.model.preprocessing = preprocessing_of(dls)

@@ -235,6 +235,14 @@ def test_several_inputs_reach_the_model(toys):
 
 
 @needs
+def test_a_model_that_comes_in_eval_is_trained_and_validated_in_its_own_mode(toys):
+    net, seen = unet(), []
+    net.register_forward_pre_hook(lambda m, x: seen.append(m.training))
+    trainer(training=TrainSettings(max_epochs=2, gpus=0)).fit(room.lightning_module(net.eval()), room.lightning_data(volumes(toys)))
+    assert seen == [True, True, False, False]*2
+
+
+@needs
 def test_loaders_move_to_the_device_of_the_trainer_and_back(toys):
     dls = volumes(toys)
     data = room.lightning_data(dls)
@@ -345,7 +353,8 @@ def test_modules_travel_between_processes():
 
 @needs
 @pytest.mark.parametrize('t', [TrainSettings(gpus=0), TrainSettings(gpus=0, fast_dev_run=True), TrainSettings(gpus=0, precision='bf16', deterministic=True),
-                               TrainSettings(gpus=0, limit_train_batches=2, limit_val_batches=.5, early_stop=2, monitor='MaskDice')], ids=str)
+                               TrainSettings(gpus=0, limit_train_batches=2, limit_val_batches=.5, early_stop=2, monitor='MaskDice')],
+                         ids=['plain', 'fast_dev_run', 'bf16', 'limits'])
 def test_a_trainer_takes_the_arguments(t, toys, tmp_path):
     made = trainer(None, t, max_epochs=1)
     module = room.lightning_module(unet(), metrics=[MaskDice()])
@@ -362,6 +371,21 @@ def test_accumulation_by_the_trainer_shortens_the_schedule():
     t.fit(room.lightning_module(line(), cfg), dls.train, dls.valid)
     moves = t.lr_scheduler_configs[0].scheduler
     assert (moves.steps, moves.last_epoch) == (6, 6)
+
+
+@needs
+def test_early_stop_comes_after_as_many_epochs_as_with_fastai():
+    from jfr2020.callbacks import StopEarly
+    ran = []
+    for epochs in (2, 9):
+        flat, dls = wrap_module(Line(), loss=lambda p,y: p.sum()*0 + 1), loaders()
+        learn = Learner(dls, flat, loss_func=flat.compute_loss, cbs=StopEarly(patience=3))
+        learn.remove_cb(ProgressCallback)
+        with learn.no_logging(): learn.fit(epochs)
+        t = trainer(training=TrainSettings(max_epochs=epochs, gpus=0, early_stop=3))
+        t.fit(room.lightning_module(flat), dls.train, dls.valid)
+        ran.append((len(learn.recorder.values), t.current_epoch))
+    assert ran == [(2, 2), (4, 4)]
 
 
 @needs
