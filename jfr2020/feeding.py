@@ -48,7 +48,7 @@ def _table(path): # rows of a .csv
 
 def make_loaders(
     config, # `CalciumConfig`
-    scan:dict=None, # fields of `Scan` for synthetic patients: dict(matrix=128)
+    scan:dict=None, # more fields of `Scan` for synthetic patients: dict(noise=8)
     **more, # of `CTDataLoaders.from_cases`, wins over the configuration
 ) -> CTDataLoaders:
     "The batches that a configuration asks for"
@@ -58,7 +58,8 @@ def make_loaders(
                num_workers=d.num_workers, workers=d.prepare_workers, incomplete=d.incomplete,
                device='cpu' if config.training.gpus == 0 else None)
     how.update(more)
-    if d.source == 'synth': return CTDataLoaders.from_cases(synth_cases(d.patients, **(scan or {})), **how)
+    size = dict(dict(matrix=d.matrix), **(scan or {}))
+    if d.source == 'synth': return CTDataLoaders.from_cases(synth_cases(d.patients, **size), **how)
     if d.source == 'folder': return CTDataLoaders.from_folder(Path(d.path), d.masks, d.scores, **how)
     if d.source == 'store': return CTDataLoaders.from_store(Path(d.path), **how)
     return CTDataLoaders.from_df(_table(d.path), root=Path(d.path).parent, **how)

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['train_options', 'resume_options', 'run_train', 'run_resume']
 
-# %% ../nbs/70e_traincmd.ipynb #76c90592
+# %% ../nbs/70e_traincmd.ipynb #2ac0354c
 import argparse, sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import *
 from .answer import *
+from .case import *
 from .runs import *
 from .settings import *
 from .trainconfig import *
 
-# %% ../nbs/70e_traincmd.ipynb #044aed49
+# %% ../nbs/70e_traincmd.ipynb #fa0f8061
 def train_options(
     p:argparse.ArgumentParser, # of `jfr2020 train`
 ):
@@ -24,6 +25,7 @@ def train_options(
     subs = p.add_subparsers(dest='what', required=True, metavar='WHAT')
     about = 'a network that finds or scores coronary calcium'
     sub = subs.add_parser('calcium', help=about, description=f'Train {about}. Every setting is an option.',
+                          usage='%(prog)s [--config FILE] [-o RUN] [--NAME VALUE ...]', epilog=NOTICE['en'],
                           allow_abbrev=False)
     sub.add_argument('--config', metavar='FILE', help='settings in a .toml or .json file; options win over it')
     sub.add_argument('-o', '--out', metavar='RUN', help='folder of the run (the next number in runs/ when absent)')
@@ -35,9 +37,9 @@ def resume_options(
     p:argparse.ArgumentParser, # of `jfr2020 resume`
 ):
     "Add the words of `resume` to a parser, except `--json` and `--debug`"
-    p.add_argument('run', metavar='RUN', help='folder of a run that was stopped')
+    p.add_argument('folder', metavar='RUN', help='folder of a run that was stopped')
 
-# %% ../nbs/70e_traincmd.ipynb #9d4fbc50
+# %% ../nbs/70e_traincmd.ipynb #a7ccd418
 def _trained(learn, folder): # what is said of a run that ended
     names, rows = learn.recorder.metric_names[1:-1], learn.recorder.values
     last = {k: float(v) for k,v in zip(names, rows[-1])} if rows else {}
@@ -72,5 +74,5 @@ def run_resume(
 ) -> Answer:
     "Go on with a run"
     from jfr2020.training import resume_run
-    folder = Path(a.run)
+    folder = Path(a.folder)
     with _stoppable(folder): return _trained(resume_run(folder, progress=progress), folder)

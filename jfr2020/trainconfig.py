@@ -32,6 +32,7 @@ class DataSettings(Settings):
     masks:str = '*mask*' # pattern of the names of mask files in a folder
     scores:str = None # .csv with the columns patient and score, for a folder
     patients:_Count = 8 # how many synthetic patients
+    matrix:Annotated[int, Between(64, 1024)] = 256 # pixels along a side of their slices; a scanner has 512
     target:Literal['mask','score','class'] = 'mask' # what is predicted: lesions, log(1 + Agatston), or its class
     incomplete:Literal['refuse','skip'] = 'refuse' # cases without the target
     cut:Literal['all','slices','heart'] = 'heart' # what is kept of a scan: all, the slices of the heart, its box

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_run', 'calcium_learner', 'make_trackers', 'run_callbacks', 'SayEpochs', 'fit_run', 'resume_run']
 
-# %% ../nbs/56_training.ipynb #38cf8e05
+# %% ../nbs/56_training.ipynb #56bdbe32
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from .runlog import *
 from .steps import *
 from .learner import *
 
-# %% ../nbs/56_training.ipynb #5f67b061
+# %% ../nbs/56_training.ipynb #03db03c7
 def seed_run(
     learn:Learner, # about to fit
     seed:int, # of the configuration
@@ -46,7 +46,7 @@ def calcium_learner(
     return ct_learner(dls, m.architecture, m.whole_loss(), path=path, arguments=m.all_arguments(),
                       opt_func=make_opt_func(config.opt))
 
-# %% ../nbs/56_training.ipynb #bb627345
+# %% ../nbs/56_training.ipynb #987d5e44
 def _mlflow(logging, folder):
     if logging.offline: return MlflowTracker(f'sqlite:///{Path(folder).absolute()/"mlflow.db"}', logging.project)
     uri = os.environ.get('MLFLOW_TRACKING_URI')
@@ -80,7 +80,7 @@ def run_callbacks(
     log = RunLog(folder, trackers=make_trackers(l, folder), config=config, name=l.run_name)
     return [*steps, SaveState(folder, t.checkpoint_every), ResumeState(folder), SaveBest(folder, t.monitor), log]
 
-# %% ../nbs/56_training.ipynb #a0ab834c
+# %% ../nbs/56_training.ipynb #ff4317f9
 class SayEpochs(FitCallback):
     "Tells a function how far a run is"
     order = 95
@@ -113,7 +113,8 @@ def fit_run(
 ) -> Learner: # the same, trained; with the weights of its best epoch where there is a folder
     "Train as `config` says, into a folder that repeats, shows, resumes and scores"
     if progress:
-        with learn.no_bar(), learn.no_logging(): return fit_run(learn, config, folder, resume, [*L(cbs), SayEpochs(progress)])
+        with learn.no_bar(), learn.no_logging():
+            return fit_run(learn, config, folder, resume, [*L(cbs), SayEpochs(progress)])
     if folder is None or config.training.fast_dev_run:
         config = _with_lr(learn, config) # a single step does not need the best
         seed_run(learn, config.training.seed)

@@ -110,9 +110,9 @@ def test_logs_are_shown_and_drawn(home, whole):
 
 
 def test_the_trained_model_scores(whole, tmp_path):
-    case = chest_phantom(3, matrix=80, coverage=(-15, 15), agatston=500)
+    case = chest_phantom(3, matrix=128, agatston=500)
     write_series(case.ct, tmp_path/'scan')
-    run = jfr('score', tmp_path/'scan', '-o', tmp_path/'out', '--model', whole[0]/'model', '--region', 'all', '--json')
+    run = jfr('score', tmp_path/'scan', '-o', tmp_path/'out', '--model', whole[0]/'model', '--json')
     said = json.loads(run.stdout)['series'][0]
     assert said['status'] == 'scored', said['refusal']
     assert said['model']['sha256'] == json.loads((whole[0]/'model'/'model.json').read_text())['weights']['sha256']
