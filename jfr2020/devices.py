@@ -7,7 +7,7 @@ __all__ = ['LOST_PEER', 'DevicePlan', 'which_devices', 'share_sizes', 'share_pos
            'of_each', 'sum_of_all', 'AcrossDevices', 'across_devices', 'launch']
 
 # %% ../nbs/54_devices.ipynb #3c2bc62f
-import ctypes, glob, hashlib, logging, os, re, signal, sys, tempfile, threading, time
+import ctypes, glob, hashlib, importlib, logging, os, re, signal, sys, tempfile, threading, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
@@ -343,7 +343,7 @@ def across_devices(
 # %% ../nbs/54_devices.ipynb #b40fdc42
 @contextmanager
 def _surroundings(): # of the processes, and of torch's launcher
-    import torch.distributed.launcher.api # noqa: F401; with its loggers, which tell at length what is one line here
+    importlib.import_module('torch.distributed.launcher.api') # its loggers tell at length what is one line here
     logs = [l for n,l in logging.root.manager.loggerDict.items() if n.startswith('torch.distributed')]
     logs = [l for l in logs if isinstance(l, logging.Logger) and not l.disabled]
     keys = dict(OMP_NUM_THREADS='1')
@@ -417,5 +417,6 @@ def launch(
         if not killed and words: say(f'process {rank}: {words}')
         if not killed: return code
         cause = f'was killed by signal {-code}' if code < 0 else 'lost another'
+        if words and -code not in (0, signal.SIGKILL): cause += f' ({words})'
         say(f'process {rank} {cause}' + (f'; all start again, {left-1} more times at most' if left else ''))
     return 128-code if code < 0 else code
