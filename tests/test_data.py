@@ -7,6 +7,7 @@ import random
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.all import DataBlock
 from hypothesis import given, settings, strategies as st
 
 from jfr2020.cases import Case, load_ct, load_mask
 from jfr2020.data import cache, transforms as tf
-from jfr2020.data.block import VolumeDL
+from jfr2020.data.batch import AffineBatch, NoiseHU
+from jfr2020.data.block import CaseField, CTBlock, MaskBlock, PatientSplitter, VolumeDL
 from jfr2020.data.cache import case_key, clean_cache, prepare_cases
 from jfr2020.data.loaders import CTDataLoaders
 from jfr2020.data.transforms import CropOrPad, FlipLR, GridTransform, Onto, RandomCrop, RandomTurn
@@ -96,6 +99,47 @@ def test_a_worker_opens_for_itself(tmp_path, method):
     cases = prepare_cases(files_of(tmp_path), [], tmp_path/'cache').cases
     here = _sum_of(cases) # open in this process first
     with ProcessPoolExecutor(1, mp.get_context(method)) as pool: assert pool.submit(_sum_of, cases).result(60) == here
+
+
+def by_hand(**getters):
+    return DataBlock(blocks=(CTBlock(None), MaskBlock), splitter=PatientSplitter(), item_tfms=[RandomCrop((6, 12, 10)), FlipLR()],
+                     batch_tfms=[AffineBatch(p=0), NoiseHU(p=0)], **getters)
+
+
+@pytest.fixture
+def spawned():
+    "Workers are started afresh, as they are wherever there is no fork"
+    before = mp.get_start_method()
+    mp.set_start_method('spawn', force=True)
+    yield
+    mp.set_start_method(before, force=True)
+
+
+def test_a_block_written_by_hand_travels_to_spawned_workers(spawned):
+    block = by_hand(get_x=CaseField('image'), get_y=CaseField('mask'))
+    dls = block.dataloaders(some_cases(6), bs=2, num_workers=2, device='cpu')
+    n = 0
+    for x, y in dls.train:
+        n += len(x)
+        assert type(x) is tf.TensorVolume and type(y) is tf.TensorLabels and y.any()
+        assert x.shape[1:] == (1, 6, 12, 10) and torch.equal((torch.Tensor(x)[:, 0] > 500.5).long(), torch.Tensor(y).long())
+    assert n == 4
+
+
+@pytest.mark.filterwarnings('ignore:Got pickle error')
+def test_what_cannot_travel_is_refused_with_the_way_out(spawned):
+    for get_x in (attrgetter('image'), lambda case: case.image):
+        dls = by_hand(get_x=get_x, get_y=CaseField('mask')).dataloaders(some_cases(6), bs=2, num_workers=2, device='cpu')
+        with pytest.raises(ConfigError, match='NOT_PICKLED') as e: next(iter(dls.train))
+        assert "CaseField('image')" in str(e.value)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_errors_of_a_getter_stay_what_they_are(workers):
+    dls = by_hand(get_x=CaseField('image'), get_y=CaseField('mask')).dataloaders(some_cases(6), bs=2, num_workers=0, device='cpu')
+    train = dls.train.new(num_workers=workers)
+    train.dataset.tls[1].tfms.fs[0].field = 'labels'
+    with pytest.raises(AttributeError, match='labels'): next(iter(train))
 
 
 def patients_of(ds): return {c.patient for c in ds.items}

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['ReadCT', 'ReadMask', 'MarkSpacing', 'TensorScore', 'LogScore', 'ScoreClass', 'grey_scale', 'CTBlock', 'MaskBlock',
-           'SpacingBlock', 'ScoreBlock', 'ScoreClassBlock', 'VolumeDL', 'patient_split', 'PatientSplitter',
+           'SpacingBlock', 'ScoreBlock', 'ScoreClassBlock', 'CaseField', 'VolumeDL', 'patient_split', 'PatientSplitter',
            'Description', 'describe']
 
 # %% ../../nbs/31_data.block.ipynb #e1b60891
-import hashlib, math, random
-from operator import attrgetter
+import hashlib, math, pickle, random
 import numpy as np, torch
 
 from fastai.data.all import *
@@ -98,7 +97,18 @@ def ScoreClassBlock(
     "The class of the score"
     return TransformBlock(ScoreClass(scheme))
 
+# %% ../../nbs/31_data.block.ipynb #451fc1bf
+class CaseField(Transform):
+    "`Case` -> one of its fields; travels to workers, however they are started"
+    def __init__(self,
+        name:str, # of the field
+    ):
+        super().__init__(); self.field = name
+    def encodes(self, case) -> None: return getattr(case, self.field)
+
 # %% ../../nbs/31_data.block.ipynb #f812b289
+_NOT_SENT = "can't pickle", 'cannot pickle', "can't get local" # how Python begins to say so
+
 @delegates()
 class VolumeDL(TfmdDL):
     "fastai's loader, that refuses to give nothing, and names the shapes it cannot join"
@@ -124,6 +134,14 @@ class VolumeDL(TfmdDL):
             raise ConfigError(f'{self.n} samples make no batch of {self.bs}', 'NO_BATCH',
                               'choose a smaller bs, or more patients')
 
+    def __iter__(self):
+        try: yield from super().__iter__()
+        except (AttributeError, TypeError, pickle.PicklingError) as e:
+            if not str(e).lower().startswith(_NOT_SENT): raise # those of a worker start otherwise
+            fix = "getters like CaseField('image') or a function of a module; or num_workers=0"
+            raise ConfigError('the samples cannot be sent to worker processes: a lambda, an attrgetter or an open file '
+                              'is among their getters, transforms or sources', 'NOT_PICKLED', fix) from e
+
     def create_batch(self,
         b, # list of samples
     ) -> tuple: # of tensors
@@ -135,7 +153,12 @@ class VolumeDL(TfmdDL):
         joined = zip(super().create_batch(bare), b[0])
         return tuple(o.as_subclass(type(s)) if isinstance(s, TensorBase) else o for o,s in joined)
 
-    def retain(self, res, b): return res if isinstance(res, tuple) else super().retain(res, b) # types are there
+    def retain(self,
+        res, # batch
+        b, # the samples it was joined of
+    ):
+        "The batch in the types of its samples, which `create_batch` has given it"
+        return res if isinstance(res, tuple) else super().retain(res, b)
 
     def _pre_show_batch(self, b, max_n=9): # the scan leads, whatever other inputs there are
         x,y,its = super()._pre_show_batch(b, max_n)

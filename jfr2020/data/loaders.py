@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'Loading', 'loading', 'usable_cases', 'check_once', 'class_weights', 'table_cases', 'stored_cases',
-           'synth_cases', 'ListedPatients', 'CaseField', 'ct_block', 'CTDataLoaders']
+           'synth_cases', 'ListedPatients', 'ct_block', 'CTDataLoaders']
 
 # %% ../../nbs/31b_data.loaders.ipynb #f8fc12b0
 from collections import Counter
@@ -199,14 +199,6 @@ class ListedPatients:
     ) -> tuple: # (training, validation) `L` of positions
         "Where the patients of the lists are"
         return tuple(L([k for k,c in enumerate(cases) if c.patient in who]) for who in (self.training, self.validation))
-
-class CaseField(Transform):
-    "`Case` -> one of its fields; unlike a bare function it travels to workers that are spawned"
-    def __init__(self,
-        name:str, # of the field
-    ):
-        super().__init__(); self.field = name
-    def encodes(self, case) -> None: return getattr(case, self.field)
 
 def ct_block(
     target='mask', # of `TARGETS`
