@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOST_PEER', 'DevicePlan', 'which_devices', 'share_sizes', 'share_positions', 'first_says', 'SharedDL', 'join_devices',
-           'of_each', 'sum_of_all', 'AcrossDevices', 'across_devices', 'launch']
+           'of_each', 'sum_of_all', 'first_before_others', 'AcrossDevices', 'across_devices', 'launch']
 
 # %% ../nbs/54_devices.ipynb #3c2bc62f
-import ctypes, glob, hashlib, importlib, logging, os, re, signal, sys, tempfile, threading, time
+import atexit, ctypes, glob, hashlib, importlib, logging, os, re, signal, sys, tempfile, threading, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 import numpy as np, torch
 import torch.distributed as dist
 from torch import nn
@@ -153,6 +154,9 @@ class SharedDL:
         return share_sizes(k, self.n, self.dl.bs, self.processes)
 
 # %% ../nbs/54_devices.ipynb #39a3d7fe
+def _leave():
+    if dist.is_initialized(): dist.destroy_process_group()
+
 def join_devices(
     plan:DevicePlan, # of this process
 ):
@@ -162,7 +166,9 @@ def join_devices(
     if plan.processes == 1 or dist.is_initialized(): return
     if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux': # end with the process that started this one
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if plan.backend == 'nccl' else 'gloo')
+    long = timedelta(hours=12) # one may prepare scans while the others wait; a dead one is seen by the launcher
+    dist.init_process_group('cpu:gloo,cuda:nccl' if plan.backend == 'nccl' else 'gloo', timeout=long)
+    atexit.register(_leave) # else torch's threads may abort a process that has done all
     os.environ.pop('WORLD_SIZE') # by which fastai would gather, and count the padding; RANK stays
     was = sys.excepthook
     sys.excepthook = lambda kind,e,tb: sys.stderr.write(f'{e}\n') if isinstance(e, JfrError) else was(kind, e, tb)
@@ -198,6 +204,17 @@ def sum_of_all(
     t = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
     dist.all_reduce(t)
     return t.tolist()
+
+# %% ../nbs/54_devices.ipynb #aa95e2a0
+@contextmanager
+def first_before_others(
+    plan:DevicePlan, # of this process
+):
+    "What is inside is done by the first process, then by the others: the first fills a cache, the others find it"
+    join_devices(plan)
+    if plan.rank: sum_of_all(0)
+    yield
+    if plan.processes > 1 and not plan.rank: sum_of_all(0)
 
 # %% ../nbs/54_devices.ipynb #db9cba1b
 def _own_chance(rank): # the first keeps its own
@@ -332,6 +349,7 @@ def across_devices(
             stack.callback(across.put_back)
             yield learn
         for t in learn.model.state_dict().values(): dist.broadcast(t, 0) # running means, too
+        sum_of_all(0) # all have it
     except RuntimeError as e:
         if not _has_lost(e): raise
         time.sleep(3) # whoever started this one ends it first

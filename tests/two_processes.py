@@ -1,5 +1,5 @@
 "A program for test_devices.py: run by `launch` in two processes, and imported to do the same in one."
-import json, os, random, signal, sys, warnings
+import json, os, random, signal, sys, time, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastai.callback.all import ReduceLROnPlateau
 
 from jfr2020.callbacks import ResumeState, SaveBest, SaveState, StopEarly
 from jfr2020.data.block import VolumeDL
-from jfr2020.devices import across_devices
+from jfr2020.devices import across_devices, first_before_others, which_devices
 from jfr2020.metrics import EpochMetric, ScoreMedianError
 from jfr2020.runlog import RunLog
 from jfr2020.steps import Accumulate, AverageWeights, ClipGradient, GuardFinite, LimitBatches
@@ -135,6 +135,9 @@ class Accident(Callback):
 
 def everything(folder):
     rank = rank_distrib()
+    with first_before_others(which_devices(0, 'ddp')):
+        if not rank: time.sleep(.3); (folder/'cache').touch()
+        else: assert (folder/'cache').exists()
     out = {k: run(2) for k, run in CURVES.items()}
     out['lines'] = fit(lines(1), n=1)
     out['lr_find'] = lr_find(toy(2, drop=.2, path=folder/f'rank-{rank}'))
