@@ -288,6 +288,11 @@ class ResumeState(FitCallback):
         s = self.held; self.place = s['epoch'], s['step']
         if s['n_epoch'] != self.n_epoch:
             self.findings.append(Finding('EPOCHS', f'the run had {s["n_epoch"]} epochs, now {self.n_epoch}'))
+        was, across = len(s['chance'].get('others', []))+1, across_of(self.learn)
+        now = across.plan.processes if across else 1
+        if was != now: # and batches of another size
+            self.findings.append(Finding('PROCESSES', f'the run had {was} processes, now {now}'))
+            warnings.warn(str(self.findings[-1]), stacklevel=2)
         getattr(self.dls, 'n_inp', None) # fastai reads a sample to find out, once in a process: not between two steps
         check_weights(self.model, s['model'])
         _put_opt(self.opt, s['opt'], next(self.model.parameters()).device)
