@@ -1,7 +1,6 @@
 "Random cubes to augmented batches beside TorchIO, MONAI and a plain torch loader; resampling, grey scales: equal first, then timed."
 import math, os, random, tempfile, warnings
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
@@ -11,9 +10,10 @@ import torch.nn.functional as F
 from fastai.data.all import DataBlock, IndexSplitter, fa_collate
 from torch.utils.data import DataLoader, Dataset
 
-from jfr2020.cases import Case
+from jfr2020.cases import load_ct
 from jfr2020.data.batch import AffineBatch, BlurHU, GammaGrey, HistogramGrey, NoiseHU, WindowHU, plane_maps, sample_plane
-from jfr2020.data.block import CTBlock
+from jfr2020.data.block import CaseField, CTBlock
+from jfr2020.data.loaders import stored_cases
 from jfr2020.data.transforms import FlipLR, RandomCrop, TensorVolume, VolumeToTensor, resample
 from jfr2020.histogram import count_hu, fit_histogram
 from jfr2020.io.hdf5 import H5Store, StoreWriter
@@ -36,9 +36,34 @@ def batch_tfms(more): return [AffineBatch(DEGREES, ZOOM, 0), MORE[more]['ours'](
 
 def our_loader(store, more):
     "Cases of a store through a DataBlock to a VolumeDL"
-    cases = [Case(s, partial(read, store, s)) for s in store.subjects for _ in range(EACH)]
-    block = DataBlock(CTBlock(WINDOW), getters=[attrgetter('image')], splitter=IndexSplitter([0]), item_tfms=item_tfms(), batch_tfms=batch_tfms(more))
+    cases = every_case(store)
+    block = DataBlock(CTBlock(WINDOW), getters=[CaseField('image')], splitter=IndexSplitter([0]), item_tfms=item_tfms(), batch_tfms=batch_tfms(more))
     return block.dataloaders(cases+cases[:1], bs=BATCH, num_workers=0, device='cpu').train
+
+
+def every_case(store): return [c for c in stored_cases(store) for _ in range(EACH)] # mapped once, as the plain loader's arrays are
+
+
+class Samples(Dataset):
+    "The samples of `our_loader`, by our transforms, for a plain torch loader"
+    def __init__(self, cases): self.cases, self.tfms = cases, [*item_tfms(), VolumeToTensor()]
+    def __len__(self): return len(self.cases)
+    def __getitem__(self, i):
+        o = (load_ct(self.cases[i].image),)
+        for t in self.tfms: o = t(o, split_idx=0)
+        return o
+
+
+def join(tfms, samples):
+    b = fa_collate(samples)
+    for t in tfms: b = t(b, split_idx=0)
+    return b
+
+
+def torch_loader(store, more):
+    "Nothing of fastai but the types of tensors"
+    last = partial(join, sorted([*batch_tfms(more), WindowHU(WINDOW)], key=lambda t: t.order))
+    return DataLoader(Samples(every_case(store)), BATCH, shuffle=True, drop_last=True, collate_fn=last)
 
 
 def read(store, subject): return store[subject].volume('ct') # a memory map
@@ -181,7 +206,8 @@ def volumes(title, methods, n, rounds, target):
 
 def pipelines(store, arrays, more, rounds):
     "From the file to float32 batches, and the peak memory of an epoch"
-    loaders = {'ours: VolumeDL': our_loader(store, more), 'torch DataLoader, our arithmetic': plain_loader(arrays, more),
+    loaders = {'ours: VolumeDL': our_loader(store, more), 'torch DataLoader, our transforms': torch_loader(store, more),
+               'torch DataLoader, our arithmetic': plain_loader(arrays, more),
                'MONAI Dataset, array transforms': monai_loader(arrays, more), 'TorchIO Queue, transforms of cubes': torchio_loader(arrays, more)}
     if more == 'gamma': loaders['TorchIO Queue, transforms of volumes'] = torchio_loader(arrays, more, whole=True)
     same_batches(loaders)
