@@ -217,9 +217,10 @@ def first_before_others(
     if plan.processes > 1 and not plan.rank: sum_of_all(0)
 
 # %% ../nbs/54_devices.ipynb #db9cba1b
-def _own_chance(rank): # the first keeps its own
-    word = f'{torch.initial_seed()} {rank}'.encode()
-    if rank: set_seed(int.from_bytes(hashlib.sha256(word).digest()[:4], 'big'))
+def _own_chance(rank): # the first keeps its own; another that has the same takes one of its own
+    seed = torch.initial_seed() % 2**62
+    if first_says([seed]) != [seed] or not rank: return
+    set_seed(int.from_bytes(hashlib.sha256(f'{seed} {rank}'.encode()).digest()[:4], 'big'))
 
 def _sync_norms(model): # -> [(module, name, what was there)]
     was = [(m, n, c) for m in model.modules() for n,c in m.named_children()
@@ -267,9 +268,9 @@ class AcrossDevices(Callback):
             raise ConfigError('metrics of training batches would be of a share only', fix='leave train_metrics out')
         for dl in self.dls.loaders: SharedDL(dl, 0, 1) # refuses what has no shares
         self._same()
-        self.looks = hasattr(self.learn, 'lr_finder') # it puts back what it has moved, in the first process
-        opt = apply(lambda t: t.clone() if isinstance(t, Tensor) else t, self.opt.state_dict())
-        self.kept = (deepcopy(self.model.state_dict()), opt) if self.looks else None
+        _own_chance(self.plan.rank)
+        looks = hasattr(self.learn, 'lr_finder') # it puts back what it has moved, in the first process
+        self.kept = deepcopy((self.model.state_dict(), self.opt.state_dict())) if looks else None
         self.whole, on_gpu = self.model, self.plan.device.startswith('cuda')
         if on_gpu: self.norms = _sync_norms(self.model)
         self.learn.model = DistributedDataParallel(self.model, [torch.device(self.plan.device)] if on_gpu else None,
@@ -340,7 +341,6 @@ def across_devices(
     join_devices(plan)
     learn.dls.to(torch.device(plan.device)); learn.model.to(plan.device)
     if plan.processes == 1: yield learn; return
-    _own_chance(plan.rank)
     across = AcrossDevices(plan, unused)
     try:
         with ExitStack() as stack:

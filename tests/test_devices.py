@@ -1,6 +1,7 @@
 "Two real processes through `launch`: the curve of one, a killed process, refusals that are one line. Points, no volumes."
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 
 import two_processes
-from jfr2020.callbacks import BEST_CKPT, LAST_CKPT, read_checkpoint
+from jfr2020.callbacks import BEST_CKPT, LAST_CKPT, PREVIOUS_CKPT, read_checkpoint
 from jfr2020.devices import launch, share_positions, share_sizes
+from jfr2020.errors import ConfigError
 from jfr2020.runlog import read_log
 
 PROGRAM = Path(two_processes.__file__)
@@ -96,6 +98,14 @@ def test_killed_processes_start_again_to_the_identical_run(both, tmp_path):
     for name in (LAST_CKPT, BEST_CKPT): assert_same(read_checkpoint(never/name), read_checkpoint(again/name))
     a, b = (read_log(f).drop(columns='seconds') for f in (never, again))
     assert a.equals(b) and list(a['epoch']) == [0, 1, 2, 3]
+
+
+def test_going_on_in_another_number_of_processes_is_said(both, tmp_path):
+    run = tmp_path/'run'
+    shutil.copytree(both[1]/'never', run)
+    with pytest.warns(UserWarning, match='PROCESSES: the run had 2 processes, now 1'): two_processes.noisy(run)
+    os.replace(run/PREVIOUS_CKPT, run/LAST_CKPT) # from inside an epoch, whose batches are others now
+    with pytest.raises(ConfigError, match='in as many processes'): two_processes.noisy(run)
 
 
 def assert_same(a, b):
