@@ -382,9 +382,12 @@ def _stderr(folder, rank): # of a process, as far as it was written
         with open(path, encoding='utf-8', errors='replace', newline='') as f: return f.read()
     return ''
 
-def _last_words(folder, rank): # of a process
-    lines = [l for l in _stderr(folder, rank).splitlines() if l.strip()]
-    return re.sub(r'^(\[rank\d+\]: )?(jfr2020[\w.]*: )?', '', lines[-1].strip()) if lines else ''
+def _last_words(folder, rank): # of a process: a line, or the traceback of a mistake
+    lines = [re.sub(r'^\[rank\d+\]: ?', '', l.rstrip()) for l in _stderr(folder, rank).splitlines() if l.strip()]
+    if not lines: return ''
+    last = re.sub(r'^jfr2020[\w.]*: ', '', lines[-1])
+    begins = [k for k,l in enumerate(lines) if l.startswith('Traceback (most recent')]
+    return '\n'.join(lines[begins[-1]:][-40:]) if begins and last == lines[-1] else last
 
 @contextmanager
 def _passed_on(folder): # what the first process writes to stderr
@@ -435,6 +438,6 @@ def launch(
         if not killed and words: say(f'process {rank}: {words}')
         if not killed: return code
         cause = f'was killed by signal {-code}' if code < 0 else 'lost another'
-        if words and -code not in (0, signal.SIGKILL): cause += f' ({words})'
+        if words and -code not in (0, signal.SIGKILL): cause += f' ({words.splitlines()[-1]:.200})'
         say(f'process {rank} {cause}' + (f'; all start again, {left-1} more times at most' if left else ''))
     return 128-code if code < 0 else code
