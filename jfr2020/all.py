@@ -86,6 +86,7 @@ from .orcascore import *
 from .cocaseg import *
 from .orcaprotocol import *
 from .scoring import *
+from .runs import *
 from .data.transforms import *
 from .data.batch import *
 from .data.cache import *
@@ -104,10 +105,16 @@ from .callbacks import *
 from .runlog import *
 from .steps import *
 from .learner import *
+from .devices import *
+from .lightning import *
+from .training import *
 from .infer import *
+from .answer import *
 from .batch import *
 from .storecmd import *
 from .evaluatecmd import *
+from .logscmd import *
+from .traincmd import *
 from .cli import *
 
 # %% ../nbs/79_all.ipynb #535b5b62

@@ -213,12 +213,14 @@ class RunLog(FitCallback):
             if self.rows: f.write(_csv(self.columns, self.rows))
 
     def _tell(self, tracker, verb, *args): # what happens at the other end does not stop a training
+        chance = get_random_states() # some libraries draw numbers as they start
         try: return verb(*args)
         except JfrError: raise
         except Exception as e:
             self.live.remove(tracker)
             self.findings.append(Finding('TRACKER', f'{type(tracker).__name__} stopped: {type(e).__name__}'))
             warnings.warn(str(self.findings[-1]), stacklevel=2)
+        finally: set_random_states(**chance)
 
     def add(self,
         kind:str, # 'epoch' or 'step'

@@ -179,27 +179,28 @@ def _labelled(m): # flat indices; read-only masks (those of a store) are searche
     return _LABELLED[m]
 
 class RandomCrop(GridTransform):
-    "A cube about a random voxel, or about a random voxel of the mask; the middle outside of training"
+    "A cube about a random voxel, or a random voxel of the mask; outside of training about the middle one of either"
     def __init__(self,
         shape, # voxels, (D,H,W)
-        positive:float=.5, # probability of a cube about a labelled voxel, where the mask has any
+        positive:float=.5, # probability of a cube about a labelled voxel, where the mask has any; 0: never look at it
     ): super().__init__(); self.shape, self.positive = _shape3('RandomCrop', shape), positive
     def grid(self, ct, sample, training):
         "A labelled voxel lies anywhere in its cube, which leaves the scan only where the scan is smaller"
-        if not training: return _about(ct.geometry, (np.array(ct.shape)-1)/2, self.shape)
         room = [n-m for n,m in zip(ct.shape, self.shape)]
-        start = [random.randint(min(n,0), max(n,0)) for n in room]
-        if (at := self._lesion(ct, sample)) is not None:
-            start = [int(a)-random.randrange(n) for a,n in zip(at, self.shape)]
+        start = [random.randint(min(n,0), max(n,0)) for n in room] if training else None
+        at = self._lesion(ct, sample, training)
+        if at is None and not training: return _about(ct.geometry, (np.array(ct.shape)-1)/2, self.shape)
+        if at is not None:
+            start = [int(a)-(random.randrange(n) if training else n//2) for a,n in zip(at, self.shape)]
             start = [min(max(a, 0), n) if n > 0 else n//2 for a,n in zip(start, room)]
         return ct.geometry.sliced(start, (1,1,1), self.shape)
 
-    def _lesion(self, ct, sample): # index (D,H,W) of a random labelled voxel on the grid of `ct`
+    def _lesion(self, ct, sample, training): # index (D,H,W) of a labelled voxel on the grid of `ct`
         masks = [o for o in sample if isinstance(o, MaskVolume)]
-        if not masks or random.random() >= self.positive: return None
+        if not masks or (random.random() if training else 0) >= self.positive: return None
         flat = _labelled(masks[0])
         if len(flat) == 0: return None
-        at = np.unravel_index(flat[random.randrange(len(flat))], masks[0].shape)
+        at = np.unravel_index(flat[random.randrange(len(flat)) if training else len(flat)//2], masks[0].shape)
         return np.round(ct.geometry.to_index(masks[0].geometry.to_world([at]))[0]).astype(int)
 
 # %% ../../nbs/30_data.transforms.ipynb #2629a7a9
