@@ -1,8 +1,10 @@
 "Two real processes through `launch`: the curve of one, a killed process, refusals that are one line. Points, no volumes."
+import io
 import json
 import os
 import shutil
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,13 @@ def both(tmp_path_factory): # what the two processes saw, and their folder
     folder = tmp_path_factory.mktemp('two')
     assert start('everything', folder) == (0, [])
     return [json.loads((folder/f'rank-{r}.json').read_text()) for r in (0, 1)], folder
+
+
+@pytest.fixture(scope='module')
+def accidents(tmp_path_factory): # status, what was said, folder
+    folder, heard = tmp_path_factory.mktemp('accidents'), io.StringIO()
+    with redirect_stderr(heard): code, said = start('accidents', folder)
+    return code, said, heard.getvalue().splitlines(), folder
 
 
 def test_shares_are_the_batches_of_one():
@@ -90,11 +99,10 @@ def test_chance_differs_between_processes_and_one_may_validate_alone(both):
     assert len(first['alone']) == 2 and 'alone' not in second
 
 
-def test_killed_processes_start_again_to_the_identical_run(both, tmp_path):
-    code, said = start('killed', tmp_path)
-    assert code == 0
-    assert [l.split(';')[0] for l in said] == ['process 1 was killed by signal 9', 'process 0 was killed by signal 9']
-    never, again = both[1]/'never', tmp_path/'killed'
+def test_killed_processes_start_again_to_the_identical_run(both, accidents):
+    _, said, _, folder = accidents
+    assert [l.split(';')[0] for l in said[:2]] == ['process 1 was killed by signal 9', 'process 0 was killed by signal 9']
+    never, again = both[1]/'never', folder/'killed'
     for name in (LAST_CKPT, BEST_CKPT): assert_same(read_checkpoint(never/name), read_checkpoint(again/name))
     a, b = (read_log(f).drop(columns='seconds') for f in (never, again))
     assert a.equals(b) and list(a['epoch']) == [0, 1, 2, 3]
@@ -116,9 +124,9 @@ def assert_same(a, b):
     else: assert a == b
 
 
-def test_a_refusal_of_one_process_is_one_line(tmp_path, capfd):
-    code, said = start('skip', tmp_path)
-    lines = [*capfd.readouterr().err.splitlines(), *said]
+def test_a_refusal_of_one_process_is_one_line(accidents):
+    code, said, heard, _ = accidents
+    lines = [*heard, *said[2:]]
     assert code == 1
     assert len(lines) == 1 and 'NOT_SHARED: batch' in lines[0], lines
 
