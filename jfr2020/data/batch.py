@@ -140,10 +140,7 @@ def sample_plane(
     mode, beyond = ('nearest', 'zeros') if nearest else ('bilinear', 'border')
     some = x.split(_SLICES if x.device.type == 'cpu' else x.shape[1], 1)
     look = lambda s: F.grid_sample(s.float(), grid, mode=mode, padding_mode=beyond, align_corners=False)
-    if len(some) == 1: return look(x)
-    out = torch.empty(x.shape)
-    for o,s in zip(out.split(_SLICES, 1), some): o.copy_(look(s))
-    return out
+    return torch.cat([look(s) for s in some], 1)
 
 class AffineBatch(BatchTransform):
     "Turn, zoom and shift in the plane of the slices, scan and labels alike"
