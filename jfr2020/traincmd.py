@@ -55,17 +55,31 @@ def _stoppable(folder): # what to do after Ctrl-C
         if folder: sys.stderr.write(f'\njfr2020: to go on: jfr2020 resume {folder}\n')
         raise
 
+def _several(config): # processes that are to be started; 0 where this one trains alone, or was started itself
+    if not config.training.distributed_backend: return 0
+    from jfr2020.training import plan_of
+    plan = plan_of(config)
+    return plan.processes if plan.to_launch else 0
+
+def _spread(a, many, *words): # the first of the processes answers; does not return
+    from jfr2020.devices import launch
+    sys.exit(launch([sys.executable, '-m', 'jfr2020', *words, *['--json']*a.json], many))
+
 def run_train(
     a:argparse.Namespace, # parsed words; `rest` holds those that no option took
     progress, # called with (done, total, text)
 ) -> Answer:
     "Train as the words say"
-    config = read_settings(CalciumConfig, a.config, [*(a.words or ()), *getattr(a, 'rest', ())])
-    writes = not config.training.fast_dev_run
+    said, file = [*(a.words or ()), *getattr(a, 'rest', ())], ['--config', a.config] if a.config else []
+    config = read_settings(CalciumConfig, a.config, said)
+    many, writes = _several(config), not config.training.fast_dev_run
     if a.out and writes: check_new_run(a.out)
+    if many and not writes: _spread(a, many, 'train', a.what, *file, *said)
+    new_folder = lambda: Path(a.out) if a.out else next_run(Path('runs'), a.what)
+    if many: _spread(a, many, 'resume', save_settings(config, new_folder()/RUN_CONFIG).parent) # from what all start
     from jfr2020.training import calcium_learner, fit_run
     learn = calcium_learner(config, progress=progress)
-    folder = (Path(a.out) if a.out else next_run(Path('runs'), a.what)) if writes else None
+    folder = new_folder() if writes else None
     with _stoppable(folder): return _trained(fit_run(learn, config, folder, progress=progress), folder)
 
 def run_resume(
@@ -73,6 +87,8 @@ def run_resume(
     progress, # called with (done, total, text)
 ) -> Answer:
     "Go on with a run"
-    from jfr2020.training import resume_run
     folder = Path(a.folder)
+    many = _several(read_settings(CalciumConfig, check_run(folder)/RUN_CONFIG))
+    if many: _spread(a, many, 'resume', folder)
+    from jfr2020.training import resume_run
     with _stoppable(folder): return _trained(resume_run(folder, progress=progress), folder)

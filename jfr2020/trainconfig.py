@@ -42,7 +42,7 @@ class DataSettings(Settings):
     patch:_Sizes | None = (16,64,64) # voxels (D,H,W) of the piece that one training sample is; none the whole
     positive:_Share = .5 # probability that a patch holds a lesion, where there is one
     grey:Literal[(*WINDOWS,)] | None = 'mediastinum' # window that makes grey of HU; none feeds HU
-    bs:Annotated[int, Between(1, 4096)] = 2 # samples in a batch
+    bs:Annotated[int, Between(1, 4096)] = 2 # samples in a batch of each process
     weights:Literal['class'] = None # draw rare classes of score more often in training
     num_workers:Annotated[int, Between(0, 256)] = 0 # processes that load; 0 this one
     prepare_workers:Annotated[int, Between(1, 256)] = 1 # processes that fill the cache
@@ -157,12 +157,14 @@ class TrainSettings(Settings):
     fast_dev_run:bool = False # one batch of training and validation, one epoch, no log: does all of it run?
     gpus:Annotated[int, Between(0, 1024)] = None # how many GPUs; 0 the CPU, none one where there is one
     distributed_backend:Literal['ddp'] = None # ddp: a process for each device
+    processes:Annotated[int, Between(1, 256)] = None # with ddp on the CPU: that train together
     not_finite:Literal['stop','skip','back'] = 'stop' # at a loss or gradient that is no number: end, pass over, go back
     checkpoint_every:_Many = 0 # training batches between checkpoints; 0 only after each epoch
 
     def _check(self):
-        _together(((self.gpus or 0) > 1 and not self.distributed_backend,
-                   f'{self.gpus} GPUs need a distributed backend', 'add --distributed_backend ddp'))
+        many = max(self.gpus or 0, self.processes or 0)
+        _together((many > 1 and not self.distributed_backend, f'{many} processes need a distributed backend',
+                   'add --distributed_backend ddp'))
 
     def epochs(self) -> int:
         "Epochs that are run"

@@ -116,3 +116,23 @@ def test_the_trained_model_scores(whole, tmp_path):
     said = json.loads(run.stdout)['series'][0]
     assert said['status'] == 'scored', said['refusal']
     assert said['model']['sha256'] == json.loads((whole[0]/'model'/'model.json').read_text())['weights']['sha256']
+
+
+def test_two_processes_train_as_one(home):
+    pytest.importorskip('torch.distributed')
+    both = words(home, '--max_epochs', 3, '--bs', 2)
+    one = jfr(*both, '--bs', 4, '-o', home/'alone')
+    two = jfr(*both, '-o', home/'together', '--distributed_backend', 'ddp', '--processes', 2, '--json')
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    said = json.loads(two.stdout)
+    assert said['epochs'] == 3 and said['run'] == str(home/'together')
+    assert rows(home/'together')[-1]['step'] == rows(home/'alone')[-1]['step'] # each has its share of four
+    quick = jfr(*both, '--fast_dev_run', '--distributed_backend', 'ddp', '--processes', 2)
+    assert quick.returncode == 0 and quick.stdout.count('nothing was written') == 1
+    refused = jfr(*both, '--processes', 2)
+    assert refused.returncode == 2 and 'add --distributed_backend ddp' in refused.stderr
+
+
+def test_gpus_that_are_not_there_are_refused(home, tmp_path):
+    run = jfr(*words(home, '--gpus', 900, '--distributed_backend', 'ddp', '-o', tmp_path/'r'))
+    assert run.returncode == 2 and 'NO_GPU' in run.stderr and run.stderr.count('\n') == 1 and not (tmp_path/'r').exists()
