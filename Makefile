@@ -3,6 +3,7 @@ PY      := .venv/bin/python
 PIP     := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND = agg
 
 .PHONY: demo test bench faults page readme clean
@@ -17,7 +18,7 @@ export MPLBACKEND = agg
 	touch $@
 
 .venv/dev: .venv/base
-	$(PIP) -e '.[dev,codecs,compression,streamlines,dicomout]'
+	$(PIP) -e '.[dev,codecs,compression,streamlines,dicomout,comet,lightning]'
 	touch $@
 
 .venv/bench: .venv/dev
@@ -35,8 +36,9 @@ test: .venv/dev ## every check, ends with pytest's own line
 bench: .venv/bench ## side-by-side tables, ratios in one run
 	$(PY) -m tools.bench
 
-faults: .venv/dev ## kills, full disks, flipped bits and many readers against the store, many times: minutes
+faults: .venv/dev ## kills, full disks, flipped bits, many readers and numbers that are none, many times: minutes
 	$(PY) -m tools.faults
+	$(PY) -m tools.faults.training
 
 page: .venv/dev ## make page NB=nbs/22_calcium.ipynb: export, run, keep outputs, clean
 	$(PY) tools/page.py $(NB)

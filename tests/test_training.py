@@ -136,3 +136,8 @@ def test_two_processes_train_as_one(home):
 def test_gpus_that_are_not_there_are_refused(home, tmp_path):
     run = jfr(*words(home, '--gpus', 900, '--distributed_backend', 'ddp', '-o', tmp_path/'r'))
     assert run.returncode == 2 and 'NO_GPU' in run.stderr and run.stderr.count('\n') == 1 and not (tmp_path/'r').exists()
+
+
+def test_progress_is_a_line_an_epoch_and_nothing_else(home, tmp_path):
+    run = jfr(*words(home, '--max_epochs', 2, '-o', tmp_path/'run'))
+    assert [l.split(' ')[0] for l in run.stderr.splitlines()] == ['[1/2]', '[2/2]'] and len(run.stdout.splitlines()) == 2

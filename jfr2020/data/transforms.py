@@ -61,7 +61,7 @@ def resample(
     if v.geometry.matches(grid): return v
     scale = (np.array(v.spacing)/np.asarray(spacing, dtype=float)).tolist()
     if v.order == 0: return type(v)(_nearest(v.data, grid.shape, scale), grid)
-    x = torch.from_numpy(np.ascontiguousarray(v.data))
+    x = torch.from_numpy(np.require(v.data, requirements='CW')) # a copy of what is mapped read-only
     y = _linear(x.movedim(-1, 1) if v.channels else x[:,None], grid.shape, scale)
     return type(v)((y.movedim(1, -1) if v.channels else y[:,0]).contiguous().numpy(), grid)
 
