@@ -168,7 +168,7 @@ def _csv(columns, rows, head=True):
 
 class RunLog(FitCallback):
     "A row for each epoch in log.csv and log.jsonl of a folder, and at the trackers"
-    order, run_valid, keeps_files = 90, False, True
+    order, run_valid, keeps_files, remembers = 90, False, True, ('keys',) # of the run at the trackers
     def __init__(self,
         folder:Path, # of the run
         steps:int=0, # training batches between rows inside an epoch; 0: none
@@ -179,15 +179,6 @@ class RunLog(FitCallback):
         super().__init__()
         self.folder, self.steps, self.trackers, self.findings = Path(folder), steps, list(trackers), []
         self.settings, self.title, self.keys = shareable(config), name or Path(folder).name, {}
-
-    def saved(self) -> dict:
-        "Keys of the run at the trackers"
-        return dict(keys=self.keys)
-    def restored(self,
-        state:dict, # of `saved`
-    ):
-        "Go on with the runs at the trackers"
-        self.keys = state['keys']
 
     def before_fit(self): self.rows, self.keys, self.live = None, {}, []
     def before_epoch(self):
