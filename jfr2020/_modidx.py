@@ -343,6 +343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'jfr2020.cli._series_lines': ('cli.html#_series_lines', 'jfr2020/cli.py'),
                              'jfr2020.cli._series_options': ('cli.html#_series_options', 'jfr2020/cli.py'),
                              'jfr2020.cli._settings': ('cli.html#_settings', 'jfr2020/cli.py'),
+                             'jfr2020.cli._sizes': ('cli.html#_sizes', 'jfr2020/cli.py'),
                              'jfr2020.cli._store_options': ('cli.html#_store_options', 'jfr2020/cli.py'),
                              'jfr2020.cli._synth_options': ('cli.html#_synth_options', 'jfr2020/cli.py'),
                              'jfr2020.cli._train_options': ('cli.html#_train_options', 'jfr2020/cli.py'),

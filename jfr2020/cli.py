@@ -91,7 +91,9 @@ def _series_lines(r): # a row of the table, readable on 80 columns
     said = lambda k,v: k not in ('uid', 'verdict', 'cause') and v not in (None, '', (None,)*3) and v == v # no nan
     known = {k: v for k,v in r.items() if said(k, v)}
     return f"{r['uid'] or 'no series'}\n  {r['verdict']}" + (f": {r['cause']}" if r['cause'] else '') + \
-           '\n  ' + ', '.join(f'{k} {v}' for k,v in known.items())
+           '\n  ' + ', '.join(f'{k} {_sizes(v)}' for k,v in known.items())
+
+def _sizes(v): return ' x '.join('?' if o is None else f'{o:.4g}' for o in v) if isinstance(v, tuple) else v
 
 def _run_synth(
     a, # parsed arguments
