@@ -65,6 +65,11 @@ def _spread(a, many, *words): # the first of the processes answers; does not ret
     from jfr2020.devices import launch
     sys.exit(launch([sys.executable, '-m', 'jfr2020', *words, *['--json']*a.json], many))
 
+def _say_left_out(dls, most=20): # scans that are not trained on, and why
+    gone = [line for line in getattr(dls, 'report', ()) if not line.used]
+    for line in gone[:most]: sys.stderr.write(f'jfr2020: {line}\n')
+    if len(gone) > most: sys.stderr.write(f'jfr2020: {len(gone)-most} more were left out\n')
+
 def run_train(
     a:argparse.Namespace, # parsed words; `rest` holds those that no option took
     progress, # called with (done, total, text)
@@ -79,6 +84,7 @@ def run_train(
     if many: _spread(a, many, 'resume', save_settings(config, new_folder()/RUN_CONFIG).parent) # from what all start
     from jfr2020.training import calcium_learner, fit_run
     learn = calcium_learner(config, progress=progress)
+    _say_left_out(learn.dls)
     folder = new_folder() if writes else None
     with _stoppable(folder): return _trained(fit_run(learn, config, folder, progress=progress), folder)
 

@@ -185,7 +185,9 @@ def patient_split(
     kind = {}
     for p,s in zip(patients, scores if scores is not None else [None]*len(patients)):
         kind[p] = max(kind.get(p, -1), -1 if s is None else risk_category(s, scheme).index)
-    if len(kind) < 2: raise ConfigError(f'a split needs two patients or more, found {len(kind)}')
+    if len(kind) < 2:
+        raise ConfigError(f'a split needs two patients or more, found {len(kind)}', 'ONE_PATIENT',
+                          'folders of one DICOM patient count once; name more patients')
     ranked = sorted(kind, key=lambda p: (kind[p], hashlib.sha256(f'{seed}/{p}'.encode()).digest()))
     n, k = len(ranked), min(max(1, round(valid*len(kind))), len(kind)-1)
     held = {ranked[int((i+.5)*n/k)] for i in range(k)} # every k-th of the ranks: each class gets its share

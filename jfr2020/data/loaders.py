@@ -216,6 +216,11 @@ def ct_block(
     return DataBlock(blocks=blocks, n_inp=n_inp, getters=getters, splitter=splitter or PatientSplitter(),
                      item_tfms=list(item_tfms), batch_tfms=list(batch_tfms))
 
+def _no_cases(report): # the refusal that says what became of all
+    gone = [line for line in report if not line.used]
+    first = f'{len(gone)} left out; first, {gone[0]}' if gone else 'there is none'
+    return ConfigError(f'no case can be used: {first}', 'NO_CASES', 'look into the report of the collection')
+
 def _checked_sizes(cases, splitter, bs): # positions to train on
     train, valid = splitter(cases)
     if len(train) < bs:
@@ -251,6 +256,7 @@ class CTDataLoaders(DataLoaders):
         how, tfms = loading(**how), [t for t in L(item_tfms)]
         report = tuple(getattr(cases, 'report', ()))
         cases, lines = usable_cases(getattr(cases, 'cases', cases), target, how.incomplete)
+        if not cases: raise _no_cases(report)
         cases, tfms, more = _prepared(cases, tfms, cache, how)
         for t in (tfms, L(batch_tfms)): check_once(t)
         splitter = splitter or PatientSplitter(how.valid, how.seed)
