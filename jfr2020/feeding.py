@@ -29,7 +29,8 @@ def make_item_tfms(
 ) -> list: # of transforms of samples, in their order
     "What is cut out of a scan"
     patch = [RandomCrop(data.patch, data.positive)] if data.patch else []
-    return preprocessing_for(data).item_tfms() + patch + ([FlipLR(augment.flip)] if augment.flip else [])
+    labels = [TakeLabels(data.labels)] if data.target == 'mask' else []
+    return labels + preprocessing_for(data).item_tfms() + patch + ([FlipLR(augment.flip)] if augment.flip else [])
 
 def make_batch_tfms(
     augment:AugmentSettings, # of a configuration

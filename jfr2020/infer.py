@@ -116,6 +116,11 @@ def as_probability(
     if y.shape[1] == 1: p = torch.sigmoid(y); return torch.cat([1-p, p], 1)
     return torch.softmax(y, 1)
 
+def _mask_like(y, x): # refuses what is no answer for every voxel
+    if y.ndim == 5 and y.shape[2:] == x.shape[2:]: return y
+    raise ConfigError(f'this network answers {tuple(y.shape)} to {tuple(x.shape)}: a label for every voxel is needed',
+                      'NO_MASK_MODEL', 'choose a network that was trained on masks')
+
 def predict_probability(
     of, # fastai Learner trained on scans and masks, or a `Model` that knows its preprocessing
     ct:CTVolume, # a scan, as it was read
@@ -133,7 +138,7 @@ def predict_probability(
     spacing = torch.tensor([v.spacing], device=device)
     def answer(cubes):
         x = plain(grey((TensorVolume(cubes),))[0])
-        return as_probability(plain(net(x, spacing.expand(len(x), 3)) if two else net(x)))
+        return as_probability(_mask_like(plain(net(x, spacing.expand(len(x), 3)) if two else net(x)), x))
     was = net.training; net.eval()
     x, size = VolumeToTensor()(v).as_subclass(torch.Tensor), window or window_of(items) or v.shape
     try: p = slide(answer, x, size, overlap, batch, device, mirrors)
@@ -145,12 +150,16 @@ def predict_mask(
     ct:CTVolume, # a scan, as it was read
     snap:bool=True, # extents from the image: the thresholded components that the prediction touches
     rule:ScoreRule=AGATSTON, # brings the threshold
+    only:int=1, # label of a network that knows a single one
     **how, # arguments of `predict_probability`
 ) -> MaskVolume: # on the grid of `ct`
     "Labels of a scan on its native grid"
     p = predict_probability(of, ct, **how)
-    mask = onto(MaskVolume(p.data.argmax(-1).astype(np.uint8), p.geometry), ct.geometry)
+    labels = p.data.argmax(-1).astype(np.uint8)*np.uint8(only if p.data.shape[-1] == 2 else 1)
+    mask = onto(MaskVolume(labels, p.geometry), ct.geometry)
     return snap_to_lesions(ct, mask, rule) if snap else mask
+
+_OTHER = {v: k for k,v in VESSELS.items()}['other']
 
 class ModelSegmenter:
     "A trained network where rules or a reader's mask could stand: a callable from `CTVolume` to `MaskVolume`"
@@ -161,5 +170,5 @@ class ModelSegmenter:
     def __call__(self,
         ct:CTVolume, # the scan
     ) -> MaskVolume: # on the grid of `ct`
-        "The labels of `ct`"
-        return predict_mask(self.of, ct, **self.how)
+        "The labels of `ct`; those of a network that tells no vessels are 'other'"
+        return predict_mask(self.of, ct, **{'only': _OTHER, **self.how})

@@ -41,12 +41,12 @@ def resume_options(
 
 # %% ../nbs/70e_traincmd.ipynb #a7ccd418
 def _trained(learn, folder): # what is said of a run that ended
-    names, rows = learn.recorder.metric_names[1:-1], learn.recorder.values
-    last = {k: float(v) for k,v in zip(names, rows[-1])} if rows else {}
-    text = ', '.join(f'{k} {v:.4g}' for k,v in last.items())
+    from jfr2020.learner import last_values
+    last, epochs = last_values(learn), len(learn.recorder.values)
+    text = ', '.join(f'{k} {"nan" if v is None else f"{v:.4g}"}' for k,v in last.items())
     if folder is None: return Answer(f'one batch of each went through, nothing was written: {text}', dict(last=last))
-    data = dict(run=str(folder), epochs=len(rows), last=last, model=str(folder/RUN_MODEL))
-    return Answer(f'{len(rows)} epochs: {text}\nrun in {folder}, model in {folder/RUN_MODEL}', data)
+    data = dict(run=str(folder), epochs=epochs, last=last, model=str(folder/RUN_MODEL))
+    return Answer(f'{epochs} epochs: {text}\nrun in {folder}, model in {folder/RUN_MODEL}', data)
 
 @contextmanager
 def _stoppable(folder): # what to do after Ctrl-C

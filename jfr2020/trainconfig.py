@@ -34,6 +34,7 @@ class DataSettings(Settings):
     patients:_Count = 8 # how many synthetic patients
     matrix:Annotated[int, Between(64, 1024)] = 256 # pixels along a side of their slices; a scanner has 512
     target:Literal['mask','score','class'] = 'mask' # what is predicted: lesions, log(1 + Agatston), or its class
+    labels:Literal['calcium','vessels'] = 'calcium' # of lesions: all alike, or LM, LAD, LCX, RCA, other
     incomplete:Literal['refuse','skip'] = 'refuse' # cases without the target
     cut:Literal['all','slices','heart'] = 'heart' # what is kept of a scan: all, the slices of the heart, its box
     margin_mm:Annotated[float, Between(0, 200)] = 10. # mm around the box of the heart
@@ -83,7 +84,7 @@ _Schedules = Literal['constant','one_cycle','cosine','restarts','multistep','del
 @dataclass(frozen=True)
 class ModelSettings(Settings):
     "The network and what it minimises"
-    architecture:str = 'unet3d' # name in the registry of architectures
+    architecture:str = None # name in the registry; none: unet3d for lesions, scorenet for scores and classes
     arguments:dict = field(default_factory=dict) # of the architecture, as in {"widths": [16, 32]}
     activation:Literal['relu','swish','mish'] = None # none: the architecture's own
     self_attention:bool = None # simple self-attention where the architecture offers it; none: its own choice

@@ -141,3 +141,30 @@ def test_gpus_that_are_not_there_are_refused(home, tmp_path):
 def test_progress_is_a_line_an_epoch_and_nothing_else(home, tmp_path):
     run = jfr(*words(home, '--max_epochs', 2, '-o', tmp_path/'run'))
     assert [l.split(' ')[0] for l in run.stderr.splitlines()] == ['[1/2]', '[2/2]'] and len(run.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize('more, unknown', [(['--target', 'score', '--patch', 'none', '--shape', 4, 24, 24], 'ScoreICC'),
+                                           (['--target', 'class', '--patch', 'none', '--shape', 4, 24, 24], None),
+                                           (['--labels', 'vessels'], None)])
+def test_every_target_finds_its_network_and_one_patient_has_no_agreement(home, tmp_path, more, unknown):
+    (tmp_path/'widths.json').write_text('{"model": {"arguments": {"widths": [4, 8]}}}')
+    kept = [w for w in SMALL if w not in ('--monitor', 'MaskDice')]
+    run = jfr('train', 'calcium', '--config', tmp_path/'widths.json', '--path', home/'store', *kept, *more, '--max_epochs', 1,
+              '-o', tmp_path/'run', '--json')
+    assert run.returncode == 0, run.stderr
+    last = json.loads(run.stdout, parse_constant=lambda w: pytest.fail(f'{w} is no JSON'))['last']
+    assert unknown is None or last[unknown] is None
+    assert (tmp_path/'run'/'model'/'weights.safetensors').exists()
+
+
+def test_a_network_of_one_label_names_no_vessel():
+    import torch
+    from jfr2020.data.transforms import Onto  # noqa: F401 torch comes with it
+    from jfr2020.infer import ModelSegmenter
+    from jfr2020.models.base import Preprocessing, wrap_module
+    case = chest_phantom(3, matrix=128, agatston=500)
+    net = wrap_module(torch.nn.Conv3d(1, 1, 1))
+    with torch.no_grad(): net.module.weight.fill_(100.); net.module.bias.fill_(-45.)
+    net.preprocessing = Preprocessing((130, 400), spacing=None, cut='all', shape=None)
+    found = ModelSegmenter(net)(case.ct).data
+    assert set(found[found > 0].tolist()) == {5}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resample', 'put_on', 'scan_of', 'VolumeTransform', 'GridTransform', 'Onto', 'CropOrPad', 'TrimSlices', 'CropHeart',
-           'RandomCrop', 'FlipLR', 'RandomTurn', 'ThickSlices', 'PatientPoints', 'SampleSpacing', 'TensorGrid',
-           'TensorVolume', 'TensorLabels', 'TensorSpacing', 'TensorPoints', 'VolumeToTensor']
+           'RandomCrop', 'TakeLabels', 'FlipLR', 'RandomTurn', 'ThickSlices', 'PatientPoints', 'SampleSpacing',
+           'TensorGrid', 'TensorVolume', 'TensorLabels', 'TensorSpacing', 'TensorPoints', 'VolumeToTensor']
 
 # %% ../../nbs/30_data.transforms.ipynb #a1025581
 import math, random
@@ -19,6 +19,7 @@ from ..errors import *
 from ..geometry import *
 from ..volume import *
 from ..heart import *
+from ..calcium import vessel_labels
 
 # %% ../../nbs/30_data.transforms.ipynb #b92adcfd
 def _as_box(v, grid): # (start, signs) when `grid` is a box of the grid of `v`, axes perhaps reversed; else None
@@ -204,6 +205,18 @@ class RandomCrop(GridTransform):
         return np.round(ct.geometry.to_index(masks[0].geometry.to_world([at]))[0]).astype(int)
 
 # %% ../../nbs/30_data.transforms.ipynb #2629a7a9
+class TakeLabels(VolumeTransform):
+    "What the labels of a mask are to mean; the scan stays"
+    deterministic = True # it may be prepared
+    def __init__(self,
+        kind:str='calcium', # 'calcium': every label is 1; 'vessels': LM, LAD, LCX, RCA, other are 1 to 5
+    ):
+        super().__init__()
+        if kind not in ('calcium','vessels'): raise ConfigError(f"labels are 'calcium' or 'vessels', got {kind!r:.40}")
+        self.kind = kind
+    def encodes(self, m:MaskVolume) -> None:
+        return m.like(vessel_labels(m.data) if self.kind == 'vessels' else (m.data != 0).astype(np.uint8))
+
 class FlipLR(GridTransform):
     "Left and right exchanged in the array, by the affine; training only"
     split_idx = 0
