@@ -7,7 +7,7 @@ __all__ = ['TrainingError', 'all_finite', 'GuardFinite', 'ClipGradient', 'Accumu
            'LimitBatches', 'FastDevRun']
 
 # %% ../nbs/51b_steps.ipynb #58d82b11
-import math
+import math, warnings
 from contextlib import suppress
 from itertools import islice
 
@@ -194,24 +194,24 @@ class AverageWeights(FitCallback):
 # %% ../nbs/51b_steps.ipynb #9dc739ff
 class HalfPrecision(MixedPrecision):
     "fastai's mixed precision, on the device of the batches"
-    entered = False
     def __init__(self,
         kind:str='bf16', # or 'fp16', on a GPU only
     ):
         if kind not in ('fp16','bf16'): raise ConfigError(f"the precision is 'fp16' or 'bf16', got {kind!r}")
         super().__init__(kind)
     def before_fit(self):
-        device = next(self.model.parameters()).device
-        if device.type != 'cuda' and self.amp_mode.value == 'fp16':
+        device, fp16 = next(self.model.parameters()).device, self.amp_mode.value == 'fp16'
+        if fp16 and device.type != 'cuda':
             raise ConfigError(f'fp16 needs a GPU, found {device.type}', fix='bf16 works everywhere')
-        super().before_fit()
-        self.autocast = torch.autocast(device.type, torch.bfloat16 if self.amp_mode.value == 'bf16' else torch.float16)
-    def before_batch(self): super().before_batch(); self.entered = True
-    def after_loss(self):
-        if self.entered: super().after_loss()
-        self.entered = False
-    def after_cancel_batch(self): self.after_loss()
-    def after_cancel_fit(self): self.after_loss()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # that there is no GPU
+            super().before_fit()
+        half = torch.autocast(device.type, torch.float16 if fp16 else torch.bfloat16, cache_enabled=False)
+        vars(self.model).pop('forward', None) # of a fit that was interrupted
+        self.model.forward = half(self.model.forward) # switched off again however the forward pass ends
+    def before_batch(self): pass
+    def after_loss(self): pass
+    def after_fit(self): vars(self.model).pop('forward', None); super().after_fit()
 
 # %% ../nbs/51b_steps.ipynb #e2ae2a0f
 class _First: # the first batches of a loader

@@ -13,7 +13,7 @@ from jfr2020.callbacks import (LAST_CKPT, PREVIOUS_CKPT, SaveBest, SaveState, Re
 from jfr2020.data.block import VolumeDL
 from jfr2020.errors import JfrError, StoreError
 from jfr2020.runlog import RunLog, read_log, read_log_rows
-from jfr2020.steps import Accumulate, AverageWeights, ClipGradient, GuardFinite, LimitBatches, all_finite
+from jfr2020.steps import Accumulate, AverageWeights, ClipGradient, GuardFinite, HalfPrecision, LimitBatches, all_finite
 
 pytestmark = [pytest.mark.filterwarnings('ignore')]
 
@@ -309,9 +309,10 @@ def test_unguarded_they_do_not():
     assert not all_finite(fit(toy(), Spoil('batch', 5, float('nan')), n=1).model.state_dict().values())
 
 
-def test_half_precision_words_do_no_harm_without_a_gpu(tmp_path):
-    kit = lambda: (MixedPrecision('bf16'), GuardFinite(), ClipGradient(), SaveState(tmp_path, steps=2))
-    never = fit(toy(), MixedPrecision('bf16'), GuardFinite(), ClipGradient())
+@pytest.mark.parametrize('half', [MixedPrecision, HalfPrecision])
+def test_half_precision_resumes_to_the_identical_run(tmp_path, half):
+    kit = lambda: (half('bf16'), GuardFinite(), ClipGradient(), SaveState(tmp_path, steps=2))
+    never = fit(toy(), half('bf16'), GuardFinite(), ClipGradient())
     stopped(toy(), 9, *kit())
     assert_same(never, fit(toy(4), *kit(), ResumeState(tmp_path)))
 
