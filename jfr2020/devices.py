@@ -377,13 +377,13 @@ def _surroundings(): # of the processes, and of torch's launcher
         for l in logs: l.disabled = False
         for s,h in handlers.items(): signal.signal(s, h)
 
-def _stderr(folder, rank): # of a process, as far as it was written
-    for path in glob.glob(f'{folder}/**/{rank}/stderr.log', recursive=True):
+def _written(folder, rank, to='stderr'): # by a process, so far
+    for path in glob.glob(f'{folder}/**/{rank}/{to}.log', recursive=True):
         with open(path, encoding='utf-8', errors='replace', newline='') as f: return f.read()
     return ''
 
 def _last_words(folder, rank): # of a process: a line, or the traceback of a mistake
-    lines = [re.sub(r'^\[rank\d+\]: ?', '', l.rstrip()) for l in _stderr(folder, rank).splitlines() if l.strip()]
+    lines = [re.sub(r'^\[rank\d+\]: ?', '', l.rstrip()) for l in _written(folder, rank).splitlines() if l.strip()]
     if not lines: return ''
     last = re.sub(r'^jfr2020[\w.]*: ', '', lines[-1])
     begins = [k for k,l in enumerate(lines) if l.startswith('Traceback (most recent')]
@@ -397,7 +397,7 @@ def _passed_on(folder): # what the first process writes to stderr
         last = False
         while not last:
             last = done.wait(.1)
-            text = _stderr(folder, 0)
+            text = _written(folder, 0)
             if len(text) > seen: sys.stderr.write(text[seen:]); sys.stderr.flush(); seen = len(text)
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
@@ -409,7 +409,7 @@ def _run_once(argv, processes, folder): # -> exit status (-signal where killed),
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    logs = DefaultLogsSpecs(log_dir=folder, redirects={r: Std.ALL if r else Std.ERR for r in range(processes)})
+    logs = DefaultLogsSpecs(log_dir=folder, redirects=Std.ALL)
     config = LaunchConfig(1, 1, processes, logs, run_id=os.path.basename(folder), rdzv_backend='c10d',
                           rdzv_endpoint='127.0.0.1:0', max_restarts=0, local_addr='127.0.0.1')
     try: elastic_launch(config, argv[0])(*argv[1:])
@@ -418,7 +418,7 @@ def _run_once(argv, processes, folder): # -> exit status (-signal where killed),
         kind = lambda f: (f.exitcode == LOST_PEER, f.exitcode == -signal.SIGTERM, f.exitcode < 0)
         rank, bad = min(e.failures.items(), key=lambda f: (*kind(f[1]), f[0])) # who began
         words = _last_words(folder, rank)
-        return bad.exitcode, rank, '' if words in _stderr(folder, 0) else words
+        return bad.exitcode, rank, '' if words in _written(folder, 0) else words
     return 0, 0, ''
 
 def launch(
@@ -427,14 +427,15 @@ def launch(
     restarts:int=3, # how often all start again after one was killed
     say=None, # called with a line; writes it to stderr when absent
 ) -> int: # exit status: 0, that of the process that failed, 128 + the signal that killed it
-    "Run a command in several processes that train together"
+    "Run a command in several processes that train together; what the first says on stdout comes at the end"
     if processes < 1: raise ConfigError(f'1 process or more is needed, got {processes}')
     if _started(): raise ConfigError('this process was launched itself', fix='launch once, from outside')
     say = say or (lambda line: sys.stderr.write(line+'\n'))
     for left in range(restarts, -1, -1):
         with tempfile.TemporaryDirectory() as folder, _surroundings(), _passed_on(folder):
             code, rank, words = _run_once([*map(str, argv)], processes, folder)
-        killed = code < 0 or code == LOST_PEER
+            killed = code < 0 or code == LOST_PEER
+            if not killed: sys.stdout.write(_written(folder, 0, 'stdout')); sys.stdout.flush() # of one run, not of each
         if not killed and words: say(f'process {rank}: {words}')
         if not killed: return code
         cause = f'was killed by signal {-code}' if code < 0 else 'lost another'
