@@ -75,9 +75,9 @@ def test_linear_fields_are_reproduced_on_any_grid(seed):
     slope = rng.normal(size=3)
     field = (v.geometry.to_world(np.argwhere(np.ones(v.shape))) @ slope).reshape(v.shape)
     target = random_volume(rng).geometry
-    idx = rng.uniform(1, np.array(v.shape) - 2, 3) # put the target's middle inside
+    idx = rng.uniform(1, np.array(v.shape) - 2, 3) # put the target's middle voxel inside
     A = target.affine.copy()
-    A[:3, 3] += v.geometry.to_world([idx])[0] - target.to_world([(np.array(target.shape) - 1)/2])[0]
+    A[:3, 3] += v.geometry.to_world([idx])[0] - target.to_world([np.array(target.shape)//2])[0]
     target = Geometry(target.shape, A)
     world = target.to_world(np.argwhere(np.ones(target.shape)))
     at = v.geometry.to_index(world)
