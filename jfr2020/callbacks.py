@@ -80,7 +80,8 @@ def read_checkpoint(
         raise StoreError(f'needed {CHECKPOINT.decode().strip()}, found {said}', 'FOREIGN_CHECKPOINT',
                          'read it with its version')
     if hashlib.sha256(memoryview(raw)[head:]).hexdigest().encode() != raw[len(CHECKPOINT):head-1]:
-        raise StoreError(f'{path.name}: its {len(raw)} bytes are not as they were written', 'DAMAGED_CHECKPOINT')
+        raise StoreError(f'{path.name}: its {len(raw)} bytes are not as they were written', 'DAMAGED_CHECKPOINT',
+                         'put back a copy of it, or train again in another folder')
     try: return unpacked(raw[head:])
     except Exception as e:
         raise StoreError(f'{path.name} holds more than tensors and numbers', 'UNSAFE_CHECKPOINT', 'distrust it') from e

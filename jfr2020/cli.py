@@ -7,7 +7,7 @@ __all__ = ['LIBRARIES', 'CODECS', 'OUTPUTS', 'COMMANDS', 'WHOSE', 'ANSWERED', 'e
            'run_command', 'main']
 
 # %% ../nbs/71_cli.ipynb #21ae6ccb
-import argparse, json, os, signal, sys
+import argparse, importlib, json, os, signal, sys
 from pathlib import Path
 
 from .errors import *
@@ -197,66 +197,18 @@ def _synth_options(p):
     p.add_argument('-n', type=_positive, default=4, metavar='N', help='how many (default %(default)s)')
     p.add_argument('--seed', type=_seed, default=0, metavar='S', help='of the random numbers (default %(default)s)')
 
-def _answering(run, a, schema): # run what answers, with its words about progress, and say the answer
-    progress = Progress()
-    try: answer = run(a, progress)
-    finally: progress.close()
-    return say_answer(answer, schema if a.json else None)
+def _room(module, name, about): # a command with a room of its own -> (run, options): `run_NAME`, `NAME_options` there
+    find = lambda function: getattr(importlib.import_module(f'jfr2020.{module}'), function)
+    def run(a):
+        progress = Progress()
+        try: answer = find(f'run_{name}')(a, progress)
+        finally: progress.close()
+        return say_answer(answer, f'jfr2020.{_document(a)}/1' if a.json else None)
+    run.__doc__ = f'`jfr2020 {name}`: {about}'
+    return run, lambda p: find(f'{name}_options')(p)
 
-def _run_store(
-    a, # parsed arguments
-) -> int: # exit code
-    "`jfr2020 store`: volumes and streamlines of many subjects in HDF5, whole or absent"
-    from jfr2020.storecmd import run_store
-    return _answering(run_store, a, f'jfr2020.store-{a.what}/1')
-
-def _run_evaluate(
-    a, # parsed arguments
-) -> int: # exit code
-    "`jfr2020 evaluate`: how well one table of scores agrees with another"
-    from jfr2020.evaluatecmd import run_evaluate
-    return _answering(run_evaluate, a, 'jfr2020.evaluate/1')
-
-def _run_train(
-    a, # parsed arguments
-) -> int: # exit code
-    "`jfr2020 train`: a network, with every hyper-parameter as a word"
-    from jfr2020.traincmd import run_train
-    return _answering(run_train, a, 'jfr2020.train/1')
-
-def _run_resume(
-    a, # parsed arguments
-) -> int: # exit code
-    "`jfr2020 resume`: go on with a training that stopped"
-    from jfr2020.traincmd import run_resume
-    return _answering(run_resume, a, 'jfr2020.train/1')
-
-def _run_logs(
-    a, # parsed arguments
-) -> int: # exit code
-    "`jfr2020 logs`: the numbers of trainings, and their curves"
-    from jfr2020.logscmd import run_logs
-    return _answering(run_logs, a, 'jfr2020.logs/1')
-
-def _evaluate_options(p):
-    from jfr2020.evaluatecmd import evaluate_options
-    evaluate_options(p)
-
-def _store_options(p):
-    from jfr2020.storecmd import store_options
-    store_options(p)
-
-def _train_options(p):
-    from jfr2020.traincmd import train_options
-    train_options(p)
-
-def _resume_options(p):
-    from jfr2020.traincmd import resume_options
-    resume_options(p)
-
-def _logs_options(p):
-    from jfr2020.logscmd import logs_options
-    logs_options(p)
+def _document(a): # the name of what `--json` prints
+    return {'store': f'store-{getattr(a, "what", "")}', 'resume': 'train'}.get(a.command, a.command)
 
 def _series_options(p): p.add_argument('inputs', nargs='+', metavar='INPUT', help='DICOM folder or .zip')
 def _demo_options(p): p.add_argument('-o', '--out', metavar='OUT', required=True, help='folder for cohort and report')
@@ -264,9 +216,11 @@ def _no_options(p): pass
 
 COMMANDS = dict(score=(_run_score, _score_options, True), series=(_run_series, _series_options, True),
                 demo=(_run_demo, _demo_options, False), synth=(_run_synth, _synth_options, False),
-                store=(_run_store, _store_options, False), train=(_run_train, _train_options, False),
-                resume=(_run_resume, _resume_options, True), logs=(_run_logs, _logs_options, True),
-                evaluate=(_run_evaluate, _evaluate_options, True),
+                store=(*_room('storecmd', 'store', 'volumes and streamlines of many subjects in HDF5, whole or absent'), False),
+                train=(*_room('traincmd', 'train', 'a network, with every hyper-parameter as a word'), False),
+                resume=(*_room('traincmd', 'resume', 'go on with a training that stopped'), True),
+                logs=(*_room('logscmd', 'logs', 'the numbers of trainings, and their curves'), True),
+                evaluate=(*_room('evaluatecmd', 'evaluate', 'how well one table of scores agrees with another'), True),
                 info=(_run_info, _no_options, True)) # name -> (run, options, has --json)
 
 def make_parser() -> argparse.ArgumentParser:
@@ -290,8 +244,7 @@ ANSWERED = ('store', 'train', 'resume', 'logs', 'evaluate') # commands whose ans
 def _refused(a, e): return CaseResult('', plain_text(' '.join(a.inputs)), refusal=e)
 
 def _refusal(a, e): # of a command that has one answer
-    name = {'store': f'store-{getattr(a, "what", "")}', 'resume': 'train'}.get(a.command, a.command)
-    return dict(schema=f'jfr2020.{name}/1', refusal=dict(code=e.code, cause=e.cause, fix=e.fix))
+    return dict(schema=f'jfr2020.{_document(a)}/1', refusal=dict(code=e.code, cause=e.cause, fix=e.fix))
 
 def run_command(
     argv=None, # list of words; those of the process when absent

@@ -46,6 +46,8 @@ def _table(path): # rows of a .csv
     import pandas as pd
     try: return pd.read_csv(path)
     except OSError as e: raise ConfigError(f'the table cannot be read: {e.strerror}', fix='check data.path') from e
+    except ValueError as e: # of pandas: empty, ragged, not UTF-8; its text may quote a row
+        raise ConfigError(f'the table cannot be read as CSV in UTF-8: {type(e).__name__}', fix='check data.path') from e
 
 def make_loaders(
     config, # `CalciumConfig`
