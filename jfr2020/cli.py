@@ -216,7 +216,8 @@ def _no_options(p): pass
 
 COMMANDS = dict(score=(_run_score, _score_options, True), series=(_run_series, _series_options, True),
                 demo=(_run_demo, _demo_options, False), synth=(_run_synth, _synth_options, False),
-                store=(*_room('storecmd', 'store', 'volumes and streamlines of many subjects in HDF5, whole or absent'), False),
+                store=(*_room('storecmd', 'store', 'volumes and streamlines of many subjects in HDF5, whole or absent'),
+                       False),
                 train=(*_room('traincmd', 'train', 'a network, with every hyper-parameter as a word'), False),
                 resume=(*_room('traincmd', 'resume', 'go on with a training that stopped'), True),
                 logs=(*_room('logscmd', 'logs', 'the numbers of trainings, and their curves'), True),
