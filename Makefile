@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo`, `make test`. `make bench` compares with other tools.
+# Two commands for a newcomer: `make demo`, `make test`. `make check` while working; `make bench` compares with other tools.
 PY      := .venv/bin/python
 PIP     := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 SOURCES := settings.ini setup.py pyproject.toml constraints.txt
@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND = agg
 
-.PHONY: demo test bench faults page readme clean
+.PHONY: demo test check bench faults page readme clean
 
 .venv/made:
 	python3 -m venv .venv
@@ -31,7 +31,10 @@ demo: .venv/base ## a small synthetic cohort, scored, with a report
 test: .venv/dev ## every check, ends with pytest's own line
 	$(PY) tools/house_checks.py .
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2 tests
+	$(PY) -m pytest -n 2 --junitxml=out/tests.xml tests
+
+check: .venv/dev ## a minute: house rules, lint, and the pages and tests that a change touches
+	OMP_NUM_THREADS=1 $(PY) tools/check.py
 
 bench: .venv/bench ## side-by-side tables, ratios in one run
 	$(PY) -m tools.bench
@@ -40,7 +43,7 @@ faults: .venv/dev ## kills, full disks, flipped bits, many readers and numbers t
 	$(PY) -m tools.faults
 	$(PY) -m tools.faults.training
 
-page: .venv/dev ## make page NB=nbs/22_calcium.ipynb: export, run, keep outputs, clean
+page: .venv/dev ## make page NB=nbs/calcium/05_score.ipynb: export, run, keep outputs, clean
 	$(PY) tools/page.py $(NB)
 
 readme: .venv/dev ## README.md from nbs/index.ipynb

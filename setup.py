@@ -11,7 +11,7 @@ extras = {k.removeprefix('extra_'): v.split() for k,v in cfg.items() if k.starts
 
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'], license=cfg['license'],
       keywords=cfg['keywords'], python_requires=f">={cfg['min_python']}", packages=find_packages(include=['jfr2020*']),
-      include_package_data=True, package_data={'jfr2020': ['assets/*']}, install_requires=cfg['requirements'].split(),
+      include_package_data=True, package_data={'jfr2020.report': ['assets/*']}, install_requires=cfg['requirements'].split(),
       extras_require=extras, entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['jfr2020=jfr2020._modidx:d']},
       long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       classifiers=[f"Intended Audience :: {cfg['audience']}", 'Development Status :: 3 - Alpha', 'Programming Language :: Python :: 3'])

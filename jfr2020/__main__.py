@@ -1,2 +1,2 @@
-from jfr2020.cli import main
+from jfr2020.cli.main import main
 main()

@@ -1,12 +1,14 @@
 "The house itself: what is exported, what is written twice, what an import may touch."
-import ast, configparser, filecmp, re, shutil, subprocess, sys
+import ast, configparser, filecmp, importlib, re, shutil, subprocess, sys
 
 import pytest
 
 from tools import house_checks, readme
 
-LIGHT = [f'{p.stem.split("_", 1)[1]}' for p in sorted((house_checks.Path(__file__).parents[1]/'nbs').glob('[0-9]*.ipynb'))
-         if int(re.match(r'\d+', p.name)[0]) < 30 or p.stem.endswith('_cli')]
+PAGES = [p.relative_to(house_checks.Path(__file__).parents[1]/'nbs') for p in sorted((house_checks.Path(__file__).parents[1]/'nbs').rglob('*.ipynb'))]
+ROOMS = {w: [p.stem[3:] for p in PAGES if p.parent.name == w] for w in house_checks.ORDER} # wing -> rooms, `all` among them
+LOW = house_checks.ORDER[:house_checks.ORDER.index(house_checks.TORCH_FROM)]
+LIGHT = [f'{w}.{r}' for w in LOW for r in ROOMS[w] if r != house_checks.DOOR] + ['train.runs', 'cli.main']
 
 
 @pytest.fixture(scope='module')
@@ -108,6 +110,17 @@ def test_light_modules_import_neither_torch_nor_anything_optional():
     assert imported(LIGHT, OPTIONAL + ['torch', 'fastai', 'pandas', 'matplotlib', 'pydicom', 'scipy', 'nibabel', 'h5py', 'jinja2']) == '[]'
 
 
+@pytest.mark.parametrize('wing', LOW)
+def test_a_wing_below_data_loads_no_torch(wing):
+    assert imported([f'{wing}.{r}' for r in ROOMS[wing]], OPTIONAL + ['torch', 'fastai', 'fasttransform']) == '[]'
+
+
+@pytest.mark.parametrize('wing', ['data', 'models', 'train'])
+def test_what_every_network_needs_knows_no_calcium(wing):
+    "Lines are learned on the same rooms: they never meet a scan's anatomy, a score, a report"
+    assert imported([f'{wing}.{r}' for r in ROOMS[wing]], [f'jfr2020.{w}' for w in ('calcium', 'agreement', 'datasets', 'dicom')]) == '[]'
+
+
 def test_everything_imports_without_torchvision_or_extras(): assert imported(['all'], OPTIONAL) == '[]'
 
 
@@ -131,8 +144,22 @@ def test_a_public_name_means_one_thing(root):
     assert {n: o for n,o in owners.items() if len(o) > 1} == {}
 
 
-def test_every_room_is_in_all(root):
-    "`from jfr2020.all import *` brings each module that a page exports"
-    pages = [p.stem.split('_', 1)[1] for p in (root/'nbs').glob('[0-9]*.ipynb')]
-    brought = set(re.findall(r'^from \.([\w.]+) import \*', (root/'jfr2020'/'all.py').read_text(encoding='utf-8'), re.M))
-    assert {p for p in pages if not p.startswith('tutorial') and p != 'all'} == brought
+@pytest.mark.parametrize('wing', [w for w in house_checks.ORDER if ROOMS[w]])
+def test_a_door_brings_every_room_of_its_wing(root, wing):
+    brought = set(re.findall(r'^from \.(\w+) import \*', (root/'jfr2020'/wing/'all.py').read_text(encoding='utf-8'), re.M))
+    assert brought == {r for r in ROOMS[wing] if r != house_checks.DOOR}
+
+
+def test_behind_every_door_a_name_is_ours():
+    "Where a name is also fastai's or numpy's, a door gives the one of this library"
+    rooms = {f'{w}.{r}': importlib.import_module(f'jfr2020.{w}.{r}') for w in house_checks.ORDER for r in ROOMS[w]}
+    for door in [importlib.import_module('jfr2020.all'), *(m for n,m in rooms.items() if n.endswith('.'+house_checks.DOOR))]:
+        wings = {door.__name__.split('.')[1]} - {house_checks.DOOR} or set(house_checks.ORDER)
+        own = {k: o for n,m in rooms.items() if n.split('.')[0] in wings and not n.endswith('.all') for k,o in vars(m).items() if k in m.__all__}
+        assert [k for k,o in own.items() if getattr(door, k, None) is not o] == [], door.__name__
+
+
+def test_the_house_is_in_all(root):
+    "`from jfr2020.all import *` brings every wing"
+    brought = set(re.findall(r'^from \.(\w+)\.all import \*', (root/'jfr2020'/'all.py').read_text(encoding='utf-8'), re.M))
+    assert brought == {w for w in house_checks.ORDER if ROOMS[w]}

@@ -20,6 +20,9 @@ def tidy(nb):
         if c.cell_type == 'code': c.outputs = [] if flags(c) & {'hide', 'default_exp', 'data'} else [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
 
 
+root = Path(__file__).resolve().parents[1]
+
+
 def run_page(
     path:Path, # a notebook
 ) -> bool: # did every cell run
@@ -27,7 +30,7 @@ def run_page(
     nb_export(path)
     nb, shell, here = read_nb(path), CaptureShell(path, mpl_format='png'), Path.cwd()
     os.chdir(path.parent); os.environ['IN_TEST'] = '1'
-    passed_over = {'eval: false', 'slow', 'cuda'} | (set() if (path.parents[2]/'shared'/'data').is_dir() else {'data'})
+    passed_over = {'eval: false', 'slow', 'cuda'} | (set() if (root/'..'/'shared'/'data').is_dir() else {'data'})
     try: shell.run_all(nb, exc_stop=True, preproc=lambda c: bool(flags(c) & passed_over))
     except BaseException: print(shell.prettytb(fname=path), file=sys.stderr); return False
     finally: os.chdir(here); os.environ.pop('IN_TEST')
@@ -38,8 +41,7 @@ def run_page(
 
 
 if __name__ == '__main__':
-    root = Path(__file__).resolve().parents[1]
-    pages = [Path(p).resolve() for p in sys.argv[1:]] or sorted((root/'nbs').glob('[0-9]*.ipynb'))
+    pages = [Path(p).resolve() for p in sys.argv[1:]] or sorted((root/'nbs').rglob('*.ipynb'))
     os.chdir(root)
     os.environ.setdefault('MPLBACKEND', 'agg'); sys.path.insert(0, str(root))
     done = all([run_page(p) for p in pages])

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from pydicom import Dataset, dcmread
 
-from jfr2020.geometry import Geometry
-from jfr2020.io.header import read_header
-from jfr2020.io.series import find_series
-from jfr2020.io.write import write_series
-from jfr2020.volume import CTVolume
+from jfr2020.ground.geometry import Geometry
+from jfr2020.dicom.header import read_header
+from jfr2020.dicom.series import find_series
+from jfr2020.dicom.writing import write_series
+from jfr2020.ground.volume import CTVolume
 from tools.bench import interleaved, table
 
 SERIES, SLICES, PRIVATE = 25, 400, 3500 # private bytes, so that a header has the 6 kB of a scanner's

@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from fastai.data.all import DataBlock, IndexSplitter, fa_collate
 from torch.utils.data import DataLoader, Dataset
 
-from jfr2020.cases import load_ct
-from jfr2020.data.batch import AffineBatch, BlurHU, GammaGrey, HistogramGrey, NoiseHU, WindowHU, plane_maps, sample_plane
-from jfr2020.data.block import CaseField, CTBlock
-from jfr2020.data.loaders import stored_cases
+from jfr2020.datasets.cases import load_ct
+from jfr2020.data.batch import AffineBatch, BlurHU, GammaGrey, NoiseHU, WindowHU, plane_maps, sample_plane
+from jfr2020.ct.preprocessing import HistogramGrey
+from jfr2020.data.block import CaseField
+from jfr2020.ct.blocks import CTBlock
+from jfr2020.ct.loaders import stored_cases
 from jfr2020.data.transforms import FlipLR, RandomCrop, TensorVolume, VolumeToTensor, resample
-from jfr2020.histogram import count_hu, fit_histogram
-from jfr2020.io.hdf5 import H5Store, StoreWriter
-from jfr2020.view import get_window
-from jfr2020.volume import CTVolume
+from jfr2020.calcium.histogram import count_hu, fit_histogram
+from jfr2020.store.hdf5 import H5Store, StoreWriter
+from jfr2020.ground.volume_view import get_window
+from jfr2020.ground.volume import CTVolume
 from tools.bench import interleaved, table
 from tools.bench.reading import peak_mib, processor, scan
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from jfr2020.geometry import Geometry
-from jfr2020.io.dicom import read_series
-from jfr2020.io.series import find_series
-from jfr2020.io.write import Protocol, write_series
-from jfr2020.volume import OUTSIDE, CTVolume
+from jfr2020.ground.geometry import Geometry
+from jfr2020.dicom.reading import read_series
+from jfr2020.dicom.series import find_series
+from jfr2020.dicom.writing import Protocol, write_series
+from jfr2020.ground.volume import OUTSIDE, CTVolume
 from tools.bench import interleaved, table
 from tools.bench.index import like_a_scanner
 

@@ -1,9 +1,9 @@
 "Agatston score of a whole synthetic chest, bones included, against scikit-image and SciPy: equal first, then timed."
 import numpy as np
 
-from jfr2020.calcium import AGATSTON, agatston, calcium_score
-from jfr2020.thorax import chest_phantom
-from jfr2020.volume import CTVolume, MaskVolume
+from jfr2020.calcium.score import AGATSTON, agatston, calcium_score
+from jfr2020.synth.thorax import chest_phantom
+from jfr2020.ground.volume import CTVolume, MaskVolume
 from tools.bench import interleaved, table
 
 LOW = 130 # HU

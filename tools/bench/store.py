@@ -6,9 +6,9 @@ from statistics import median
 import h5py
 import numpy as np
 
-from jfr2020.dwi import dwi_phantom
-from jfr2020.dwicohort import LARGE_HEAD, write_dwi_cohort
-from jfr2020.io.hdf5 import H5Store, StoreWriter
+from jfr2020.synth.dwi import dwi_phantom
+from jfr2020.datasets.synthetic_dwi import LARGE_HEAD, write_dwi_cohort
+from jfr2020.store.hdf5 import H5Store, StoreWriter
 from tools.bench import interleaved, table
 from tools.bench.reading import memory, scan
 
@@ -120,8 +120,8 @@ def storage(folder, ct, case, rounds=3):
 
 CREATE = '''import resource, sys
 from pathlib import Path
-from jfr2020.io.create import create_store
-from jfr2020.io.storeconfig import load_store_config
+from jfr2020.store.create import create_store
+from jfr2020.store.config import load_store_config
 home = Path(sys.argv[1])
 lists = {k: home/f'{k}.txt' for k in ('training', 'validation', 'testing')}
 made = create_store(load_store_config(home/'config.json'), home, Path(sys.argv[2]), lists, workers=int(sys.argv[3]))

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from fastai.basics import DataLoaders, Learner, OptimWrapper
 
-from jfr2020.callbacks import SaveState
-from jfr2020.cases import Case
-from jfr2020.data.loaders import CTDataLoaders
+from jfr2020.train.callbacks import SaveState
+from jfr2020.datasets.cases import Case
+from jfr2020.ct.loaders import CTDataLoaders
 from jfr2020.data.transforms import RandomCrop
-from jfr2020.geometry import Geometry
-from jfr2020.infer import predict_probability, slide
-from jfr2020.models.base import Preprocessing
+from jfr2020.ground.geometry import Geometry
+from jfr2020.ct.predict import predict_probability, slide
+from jfr2020.ct.preprocessing import Preprocessing
 from jfr2020.models.nets import UNet3d
-from jfr2020.runlog import RunLog
-from jfr2020.steps import GuardFinite
-from jfr2020.view import get_window
-from jfr2020.volume import CTVolume, MaskVolume
+from jfr2020.train.runlog import RunLog
+from jfr2020.train.steps import GuardFinite
+from jfr2020.ground.volume_view import get_window
+from jfr2020.ground.volume import CTVolume, MaskVolume
 from tools.bench import interleaved, table
 from tools.bench.reading import memory
 

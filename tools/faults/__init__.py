@@ -4,10 +4,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from jfr2020.errors import StoreError
-from jfr2020.geometry import Geometry
-from jfr2020.streamlines import Streamlines
-from jfr2020.volume import CTVolume, FeatureVolume
+from jfr2020.ground.errors import StoreError
+from jfr2020.ground.geometry import Geometry
+from jfr2020.ground.streamlines import Streamlines
+from jfr2020.ground.volume import CTVolume, FeatureVolume
 
 NAMES = tuple(f'sub-{k:02}' for k in range(1, 11))
 
@@ -72,7 +72,7 @@ def verify(
     allowed:dict, # subject -> set of versions it may have, None for not there
 ) -> tuple: # subject -> version found (None: not there), list of what is wrong
     "Open the store anew, read every value, and say which committed subject is lost or other than written"
-    from jfr2020.io.hdf5 import H5Store
+    from jfr2020.store.hdf5 import H5Store
     found, wrong = {}, []
     try: store = H5Store(folder)
     except Exception as e:
@@ -89,7 +89,7 @@ def verify(
 
 
 def leftovers(folder): # names of temporary files in the store
-    from jfr2020.config import TEMPORARY
+    from jfr2020.ground.disk import TEMPORARY
     return [p.name for p in folder.rglob('*') if p.name.startswith(TEMPORARY)]
 
 

@@ -3,9 +3,9 @@ import random, tempfile
 from collections import Counter
 from pathlib import Path
 
-from jfr2020.errors import StoreError
-from jfr2020.io.check import check_store
-from jfr2020.io.hdf5 import StoreWriter
+from jfr2020.ground.errors import StoreError
+from jfr2020.store.check import check_store
+from jfr2020.store.hdf5 import StoreWriter
 from tools.faults import NAMES, content
 
 
@@ -51,5 +51,5 @@ def main(flips=1000, seed=0):
 
 
 def file_of(subject):
-    from jfr2020.io.shard import shard_name
+    from jfr2020.store.shard import shard_name
     return shard_name(subject)

@@ -16,8 +16,8 @@ def can_mount(): # -> how to get a file system of our own, or None
 
 
 def fill(folder, plan): # write until the disk is full -> allowed versions, commits, what the refusal was
-    from jfr2020.errors import StoreError
-    from jfr2020.io.hdf5 import StoreWriter
+    from jfr2020.ground.errors import StoreError
+    from jfr2020.store.hdf5 import StoreWriter
     allowed, commits = {n: {v} for n,v in plan.now.items()}, 0
     try:
         with StoreWriter(folder) as w:
@@ -35,8 +35,8 @@ def fill(folder, plan): # write until the disk is full -> allowed versions, comm
 
 def one_size(mount, kb, seed):
     "One file system of `kb` kB: fill, look, make room, go on; a list of what was wrong"
-    from jfr2020.io.check import check_store
-    from jfr2020.io.hdf5 import StoreWriter
+    from jfr2020.store.check import check_store
+    from jfr2020.store.hdf5 import StoreWriter
     run = lambda *a: subprocess.run(a, check=True, capture_output=True)
     run('mount', '-t', 'tmpfs', '-o', f'size={kb}k', 'tmpfs', str(mount))
     try:
@@ -70,8 +70,8 @@ def grow(folder): # somebody else's data on the same disk; False where it does n
 
 
 def again(folder, plan, allowed): # replace subjects while not a byte is free
-    from jfr2020.errors import StoreError
-    from jfr2020.io.hdf5 import StoreWriter
+    from jfr2020.ground.errors import StoreError
+    from jfr2020.store.hdf5 import StoreWriter
     n = 0
     try:
         with StoreWriter(folder) as w:

@@ -3,8 +3,8 @@ import os, random, signal, tempfile, time
 from collections import Counter
 from pathlib import Path
 
-from jfr2020.io.check import check_store
-from jfr2020.io.hdf5 import H5Store, StoreWriter
+from jfr2020.store.check import check_store
+from jfr2020.store.hdf5 import H5Store, StoreWriter
 from tools.faults import NAMES, Plan, carry_out, content, leftovers, verify
 
 STEPS = ('replace', 'fsync', 'unlink') # functions of os at which a writer kills itself

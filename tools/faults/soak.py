@@ -3,9 +3,9 @@ import json, os, random, tempfile, time
 from collections import Counter
 from pathlib import Path
 
-from jfr2020.errors import StoreError
-from jfr2020.io.check import check_store
-from jfr2020.io.hdf5 import H5Store, StoreWriter
+from jfr2020.ground.errors import StoreError
+from jfr2020.store.check import check_store
+from jfr2020.store.hdf5 import H5Store, StoreWriter
 from tools.faults import NAMES, WrongValue, carry_out, content, read_part, read_version, verify
 
 PARTS = ('ct', 'sh', 'lines', 'truth')

@@ -4,7 +4,7 @@ import argparse, os, random, signal, sys, tempfile, time, warnings
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]/'tests'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 warnings.filterwarnings('ignore')
 
 
@@ -20,7 +20,7 @@ def killed(work, wait=None): # fork, run `work`, kill it after `wait` seconds un
 def saves(n, rng):
     "Kill -9 of a process that saves without pause: last or previous is whole, and never older than what was there before"
     import torch
-    from jfr2020.callbacks import LAST_CKPT, PREVIOUS_CKPT, newest_state, write_checkpoint
+    from jfr2020.train.callbacks import LAST_CKPT, PREVIOUS_CKPT, newest_state, write_checkpoint
     wrong, seen, big, half = [], 0, torch.randn(200_000), 0
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)
@@ -40,7 +40,7 @@ def saves(n, rng):
 
 def runs(n, rng):
     "Trainings killed once to three times at random steps, resumed by the same command: equal to the one that was not, bit for bit"
-    from test_callbacks import ResumeState, RunLog, SaveState, assert_same, fit, read_log_rows, toy
+    from tests.train.test_callbacks import ResumeState, RunLog, SaveState, assert_same, fit, read_log_rows, toy
     from fastai.basics import Callback
     class Kill(Callback):
         order = 95
@@ -66,7 +66,7 @@ def runs(n, rng):
 
 def poison(n, rng):
     "nan and infinity at random steps"
-    from test_callbacks import Accumulate, ClipGradient, GuardFinite, JfrError, Spoil, all_finite, fit, toy
+    from tests.train.test_callbacks import Accumulate, ClipGradient, GuardFinite, JfrError, Spoil, all_finite, fit, toy
     wrong = []
     for k in range(n):
         where, value, do, at = rng.choice(('batch', 'loss', 'gradient')), rng.choice((float('nan'), float('inf'))), rng.choice(('stop', 'skip', 'back')), rng.randrange(12)
