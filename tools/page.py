@@ -28,6 +28,7 @@ def run_page(
 ) -> bool: # did every cell run
     "Export, run, save and clean one notebook"
     nb_export(path)
+    if pandas := sys.modules.get('pandas'): pandas.reset_option('^display') # what an earlier page of this process has set
     nb, shell, here = read_nb(path), CaptureShell(path, mpl_format='png'), Path.cwd()
     os.chdir(path.parent); os.environ['IN_TEST'] = '1'
     passed_over = {'eval: false', 'slow', 'cuda'} | (set() if (root/'..'/'shared'/'data').is_dir() else {'data'})
